@@ -1,0 +1,1 @@
+"""Training generative recommenders: data, models, losses, training, evaluation, recommendation."""

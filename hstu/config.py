@@ -1,0 +1,415 @@
+"""The whole configuration: fields, types, defaults and range checks.
+
+YAML under ``conf/`` only picks values. Hydra composes, :func:`from_dictconfig` turns the result into
+these dataclasses, and nothing deeper sees a ``DictConfig``. Unknown keys fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from hstu.errors import UserError
+
+
+def _check(ok: bool, name: str, got: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{name}={got!r}: expected {expected}")
+
+
+def _one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
+    _check(got in allowed, name, got, "one of " + ", ".join(allowed))
+
+
+@dataclass
+class ColumnsConfig:
+    """Column names of the user's own log (``data=log``)."""
+
+    user: str = "user"
+    item: str = "item"
+    time: str = "timestamp"
+    action: str | None = None
+    """Column with what was done (a rating, an event name, a bit set); stored as ``actions``."""
+    values: list[str] = field(default_factory=list)
+    """Further numeric columns, stored as float32."""
+    features: list[str] = field(default_factory=list)
+    """Further categorical columns, coded to int32 (0 = missing) with a map back to the raw values."""
+
+
+@dataclass
+class DataConfig:
+    """Which log, how it is read, filtered and split. ``hstu-prepare`` and ``hstu-train`` share it."""
+
+    name: str = "synthetic"
+    """Name of the data set; names the store's folder."""
+    source: str = "synthetic"
+    """Importer: synthetic, movielens-100k, movielens-dat, movielens-csv, amazon-2014 or log."""
+    raw: str | None = None
+    """Local file, glob or folder with the raw data. None: ``$HSTU_DATA_DIR/<name>`` if it is there, else download."""
+    root: str = "data"
+    """Folder under which raw downloads (``raw/``) and prepared stores (``stores/``) lie."""
+    url: str | None = None
+    """Where to download from."""
+    checksum: str | None = None
+    """``md5:HEX`` or ``sha256:HEX`` of the downloaded archive."""
+    category: str | None = None
+    """Amazon 2014 only: category as in the file name ``ratings_<category>.csv``."""
+
+    # Reading (data=log)
+    format: str = "auto"
+    """csv, jsonl, parquet, or auto (by file name)."""
+    separator: str | None = None
+    """CSV separator; None: found from the header line among , ; tab |."""
+    header: bool = True
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    time_unit: str = "auto"
+    """s, ms, us, iso, or auto (by magnitude / type; said in the log)."""
+    items_file: str | None = None
+    """Optional CSV/Parquet of item attributes (first column: raw item id; ``title`` and others kept)."""
+    on_bad_row: str = "fail"
+    """fail: stop at the first bad row; skip: count it and write it to ``rejects.csv``."""
+
+    # Filters
+    min_user_events: int = 0
+    min_item_events: int = 0
+    filter_mode: str = "one-pass"
+    """one-pass (PROTOCOL section 1: counted on the raw file, then short users dropped) or iterative (k-core)."""
+    dedup: str = "none"
+    """none, first, last (one event per user-item pair), or exact (drop identical rows)."""
+    max_events: int | None = None
+    """Keep only each user's most recent events in the store; None keeps all."""
+    max_items: int | None = None
+    """Vocabulary cap: rarer items share one rare-item bucket (id = num_items). None: no cap."""
+
+    # Protocol and split
+    protocol: str = "reference"
+    """Order inside equal timestamps: reference (seeded random permutation) or stable (file order)."""
+    protocol_seed: int = 0
+    split: str = "leave-last-out"
+    """leave-last-out or global-time."""
+    split_time: str | None = None
+    """global-time only: epoch seconds, ISO date, or a quantile such as ``0.9q``."""
+    expected: dict[str, int] = field(default_factory=dict)
+    """Published counts (users, items, events), checked when preparing the full original file."""
+
+    # Synthetic process (source=synthetic)
+    num_users: int = 2000
+    num_items: int = 500
+    synthetic_seed: int = 0
+
+    def __post_init__(self) -> None:
+        sources = ("synthetic", "movielens-100k", "movielens-dat", "movielens-csv", "amazon-2014", "log")
+        _one_of("data.source", self.source, sources)
+        _one_of("data.format", self.format, ("auto", "csv", "jsonl", "parquet"))
+        _one_of("data.time_unit", self.time_unit, ("auto", "s", "ms", "us", "iso"))
+        _one_of("data.on_bad_row", self.on_bad_row, ("fail", "skip"))
+        _one_of("data.filter_mode", self.filter_mode, ("one-pass", "iterative"))
+        _one_of("data.dedup", self.dedup, ("none", "first", "last", "exact"))
+        _one_of("data.protocol", self.protocol, ("reference", "stable"))
+        _one_of("data.split", self.split, ("leave-last-out", "global-time"))
+        for name in ("min_user_events", "min_item_events"):
+            _check(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), ">= 0")
+        for name in ("max_events", "max_items"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"data.{name}", value, ">= 1 or null")
+        if self.split == "global-time":
+            _check(self.split_time is not None, "data.split_time", None, "a time when data.split=global-time")
+
+
+@dataclass
+class BiasConfig:
+    """Relative attention bias of HSTU (PROTOCOL section 3)."""
+
+    position: bool = True
+    time: bool = True
+    per_head: bool = False
+    """False: one table for all heads (published). True: one per head."""
+    num_buckets: int = 129
+    """Time buckets, the last one open (0..128 published)."""
+    bucket_width: float = 0.301
+    """Width of a bucket in ln(seconds); published code divides a natural log by 0.301."""
+    request_time: bool = True
+    """True: gaps are ts[i+1] - ts[j], the model knows when the predicted event happens (published).
+    False: gaps are ts[i] - ts[j]."""
+
+
+@dataclass
+class HSTUConfig:
+    """HSTU encoder (Zhai et al. 2024)."""
+
+    name: str = "hstu"
+    dim: int = 50
+    num_blocks: int = 2
+    num_heads: int = 1
+    qk_dim: int = 50
+    """Query/key width per head (A)."""
+    v_dim: int = 50
+    """Value width per head (V)."""
+    dropout: float = 0.2
+    """On the input embeddings and before the output projection."""
+    bias: BiasConfig = field(default_factory=BiasConfig)
+    max_len: int = 200
+    """Most recent events that are the model's input."""
+    extra_slots: int = 11
+    """Padded width N = max_len + extra_slots; N divides the attention (211 / 61 published)."""
+    l2_normalize: bool = True
+    """L2-normalise outputs and item embeddings before the dot product."""
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+
+
+@dataclass
+class SASRecConfig:
+    """SASRec, the reference's variant (PROTOCOL section 3)."""
+
+    name: str = "sasrec"
+    dim: int = 50
+    num_blocks: int = 2
+    num_heads: int = 1
+    ffn_dim: int = 50
+    dropout: float = 0.2
+    max_len: int = 200
+    extra_slots: int = 11
+    l2_normalize: bool = True
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+        _check(self.dim % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of dim={self.dim}")
+
+
+@dataclass
+class TransformerConfig:
+    """Modern Transformer baseline: pre-norm RMSNorm, SwiGLU, rotary positions."""
+
+    name: str = "transformer"
+    dim: int = 64
+    num_blocks: int = 2
+    num_heads: int = 2
+    ffn_dim: int = 128
+    dropout: float = 0.2
+    rope_base: float = 10_000.0
+    max_len: int = 200
+    extra_slots: int = 11
+    l2_normalize: bool = True
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+        _check(self.dim % (2 * self.num_heads) == 0, "model.dim", self.dim, "a multiple of 2 * num_heads (rotary)")
+
+
+def _check_model(m: HSTUConfig | SASRecConfig | TransformerConfig) -> None:
+    for name in ("dim", "num_blocks", "num_heads", "max_len"):
+        _check(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), ">= 1")
+    _check(m.extra_slots >= 1, "model.extra_slots", m.extra_slots, ">= 1")
+    _check(0.0 <= m.dropout < 1.0, "model.dropout", m.dropout, "in [0, 1)")
+
+
+@dataclass
+class LossConfig:
+    """Retrieval loss. ``name`` picks the file under ``hstu/model/losses``."""
+
+    name: str = "sampled_softmax"
+    """sampled_softmax (fresh uniform negatives per position, published), shared_bank, in_batch, full_softmax."""
+    num_negatives: int = 128
+    """sampled_softmax: negatives per position (R); shared_bank: bank size (K) per step."""
+    temperature: float = 0.05
+    logq_correction: bool = False
+    """shared_bank / in_batch: subtract the log of the sampling probability from the logits."""
+    chunk_mib: int = 64
+    """full_softmax: memory bound of one block of logits."""
+    event_weights: str = "none"
+    """none or actions: weight each position by the predicted event's action value over the mean."""
+
+    def __post_init__(self) -> None:
+        _one_of("loss.name", self.name, ("sampled_softmax", "shared_bank", "in_batch", "full_softmax"))
+        _check(self.num_negatives >= 1, "loss.num_negatives", self.num_negatives, ">= 1")
+        _check(self.temperature > 0, "loss.temperature", self.temperature, "> 0")
+        _check(self.chunk_mib >= 1, "loss.chunk_mib", self.chunk_mib, ">= 1")
+        _one_of("loss.event_weights", self.event_weights, ("none", "actions"))
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    """constant or cosine (to ``min_lr_fraction`` of lr at the last step), both after warm-up."""
+    warmup_steps: int = 0
+    min_lr_fraction: float = 0.0
+    clip_norm: float | None = None
+    """Global gradient norm limit; None: no clipping."""
+    accumulate_steps: int = 1
+    """Batches per optimizer step."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "optim.lr", self.lr, "> 0")
+        _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
+        _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
+        _check(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "> 0 or null")
+        _check(self.accumulate_steps >= 1, "optim.accumulate_steps", self.accumulate_steps, ">= 1")
+
+
+@dataclass
+class RunConfig:
+    """The loop: how long, what is saved, what is shown."""
+
+    dir: str | None = None
+    """Run folder; None: ``runs/<experiment>/<UTC time>-seed<seed>``. An existing run folder is resumed."""
+    epochs: int = 101
+    batch_users: int = 128
+    """Users per batch; ignored when ``batch_tokens`` is set."""
+    batch_tokens: int | None = None
+    """Token budget per batch instead of a number of users."""
+    selection: str = "validation"
+    """validation: second-last item held out, best epoch by validation, test reported once.
+    reference: only the last item held out, best epoch on test, as the published numbers were made."""
+    select_metric: str = "ndcg@10"
+    early_stop_evals: int | None = None
+    """Stop after so many evaluations without a better ``select_metric``; None: never."""
+    eval_every_epochs: int = 1
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "float32"
+    """float32 or bfloat16 (autocast, CUDA only)."""
+    tf32: bool = False
+    threads: int | None = None
+    """torch CPU threads; None: torch's default."""
+    deterministic: bool = True
+    keep_last: int = 2
+    """Checkpoints kept besides the best."""
+    save_every_steps: int | None = None
+    save_every_minutes: float | None = 10.0
+    save_every_epochs: int | None = 1
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of tensorboard, wandb, mlflow; ``metrics.jsonl`` is always written."""
+    log_every_steps: int = 10
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 1, "run.epochs", self.epochs, ">= 1")
+        _check(self.batch_users >= 1, "run.batch_users", self.batch_users, ">= 1")
+        _check(self.batch_tokens is None or self.batch_tokens >= 1, "run.batch_tokens", self.batch_tokens, ">= 1 or null")
+        _one_of("run.selection", self.selection, ("validation", "reference"))
+        _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("run.precision", self.precision, ("float32", "bfloat16"))
+        _check(self.keep_last >= 1, "run.keep_last", self.keep_last, ">= 1")
+        for logger in self.loggers:
+            _one_of("run.loggers", logger, ("tensorboard", "wandb", "mlflow"))
+
+
+@dataclass
+class EvalConfig:
+    """Full-ranking evaluation (PROTOCOL section 4)."""
+
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 50, 100, 200])
+    batch_users: int = 512
+    filter_history: str = "truncated"
+    """Seen items removed from the ranking: truncated (the model's input, published), full, or none."""
+    bootstrap: int = 1000
+    """Bootstrap resamples for the confidence intervals; 0: none."""
+    chunk_mib: int = 64
+
+    def __post_init__(self) -> None:
+        _check(len(self.ks) > 0 and all(k >= 1 for k in self.ks), "eval.ks", self.ks, "a list of ranks >= 1")
+        _one_of("eval.filter_history", self.filter_history, ("truncated", "full", "none"))
+        _check(self.batch_users >= 1, "eval.batch_users", self.batch_users, ">= 1")
+
+
+@dataclass
+class KernelsConfig:
+    backend: str = "auto"
+    """auto (triton on CUDA where an op has it, else torch), triton or torch; an explicit choice that cannot be met raises."""
+
+    def __post_init__(self) -> None:
+        _one_of("kernels.backend", self.backend, ("auto", "triton", "torch"))
+
+
+@dataclass
+class PublishedConfig:
+    """The published row that this experiment is compared with (PROTOCOL section 5)."""
+
+    source: str = ""
+    protocol: str = "reference"
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+ModelConfig = HSTUConfig | SASRecConfig | TransformerConfig
+MODELS: dict[str, type] = {"hstu": HSTUConfig, "sasrec": SASRecConfig, "transformer": TransformerConfig}
+
+
+@dataclass
+class Config:
+    """One experiment."""
+
+    experiment: str = "synthetic"
+    """Name of the experiment; names the run folder."""
+    seed: int = 0
+    seeds: list[int] | None = None
+    """Several seeds in one command: mean and standard deviation are reported."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=HSTUConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
+
+
+def build(cls: type, values: dict[str, Any], path: str = "") -> Any:
+    """Builds dataclass ``cls`` from nested plain values, type-checked by OmegaConf; unknown keys raise UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"unknown config key {path}{unknown[0]}: expected one of {', '.join(sorted(known))}")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise UserError(f"config {path}{key}: {str(error).splitlines()[0]}") from None
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Builds a checked :class:`Config` from nested plain values (a composed YAML, a run's ``config.yaml``)."""
+    values = dict(values)
+    model_values = dict(values.pop("model", None) or {})
+    name = model_values.get("name", "hstu")
+    _one_of("model.name", name, tuple(MODELS))
+    groups = {f.name: f for f in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - set(groups))
+    if unknown:
+        raise UserError(f"unknown config key {unknown[0]}: expected one of {', '.join(sorted(groups))}")
+    parts: dict[str, Any] = {"model": build(MODELS[name], model_values, "model.")}
+    sections = {
+        "data": DataConfig, "loss": LossConfig, "optim": OptimConfig, "run": RunConfig,
+        "eval": EvalConfig, "kernels": KernelsConfig, "published": PublishedConfig,
+    }  # fmt: skip
+    for key, cls in sections.items():
+        parts[key] = build(cls, dict(values.pop(key, None) or {}), f"{key}.")
+    seed, seeds = values.get("seed", 0), values.get("seeds")
+    _check(isinstance(seed, int) and seed >= 0, "seed", seed, "an integer >= 0")
+    ok = seeds is None or (len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds))
+    _check(ok, "seeds", seeds, "null or a list of integers >= 0")
+    return Config(experiment=str(values.get("experiment", "synthetic")), seed=seed, seeds=seeds, **parts)
+
+
+def from_dictconfig(cfg: Any) -> Config:
+    """Turns what Hydra composed into a checked :class:`Config`."""
+    from omegaconf import OmegaConf
+
+    return from_dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, as written to ``config.yaml`` in the run folder."""
+    return dataclasses.asdict(config)
