@@ -1,0 +1,1 @@
+"""Raw logs -> sequence store -> jagged batches."""

@@ -1,0 +1,241 @@
+"""The sequence store: one prepared log as a folder of ``.npy`` columns. docs/data.md describes the format.
+
+Reading needs numpy only. Writing is atomic: everything goes to a temporary folder beside the target, is
+flushed to disk, and is renamed into place, so that an interrupted prepare leaves nothing half-made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hstu.errors import UserError
+
+SCHEMA_VERSION = 1
+RARE_ITEM = "<rare>"
+"""Raw id of the rare-item bucket where raw ids are strings; -1 where they are integers."""
+
+
+class SequenceStore:
+    """A prepared log; event columns are mapped, not loaded.
+
+    offsets: [U+1] int64; item_ids: [E] int32, 1..num_items; timestamps: [E] int64, s; actions: [E] float32 | None.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self.meta = meta
+        self.offsets: np.ndarray = np.load(path / "offsets.npy")
+        self.item_ids = _load(path / "item_ids.npy")
+        self.timestamps = _load(path / "timestamps.npy")
+        actions = path / "actions.npy"
+        self.actions: np.ndarray | None = _load(actions) if actions.exists() else None
+        self.columns: dict[str, np.ndarray] = _load_folder(path / "columns")
+        self.num_users: int = len(self.offsets) - 1
+        self.num_items: int = int(meta["counts"]["items"])
+        self.num_events: int = len(self.item_ids)
+
+    @classmethod
+    def open(cls, path: str | Path) -> SequenceStore:
+        """Opens the finished store at ``path``.
+
+        Raises UserError where there is none, where it was written under another schema version, or where a
+        column is missing or disagrees with the counts.
+        """
+        path = Path(path)
+        meta_path = path / "meta.json"
+        if not meta_path.exists():
+            raise UserError(f"no sequence store at {path}: run hstu-prepare data=NAME first")
+        try:
+            meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{meta_path} is not valid JSON: delete {path} and run hstu-prepare again") from None
+        version = meta.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has store schema version {version!r}, this release reads {SCHEMA_VERSION}: "
+                "delete the folder and run hstu-prepare again"
+            )
+        try:
+            store = cls(path, meta)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}): delete it and run hstu-prepare again") from None
+        store._check()
+        return store
+
+    def _check(self) -> None:
+        events = {"item_ids": self.item_ids, "timestamps": self.timestamps, **self.columns}
+        if self.actions is not None:
+            events["actions"] = self.actions
+        expected = int(self.offsets[-1])
+        for name, column in events.items():
+            if len(column) != expected:
+                raise UserError(
+                    f"{self.path} is damaged ({name} has {len(column)} rows, offsets say {expected}): "
+                    "delete it and run hstu-prepare again"
+                )
+
+    def item_attribute(self, name: str) -> np.ndarray | None:
+        """[num_items] attribute of item i+1 (``title``, ``genres``, ...), or None where the source has none."""
+        path = self.path / "items" / f"{name}.npy"
+        return _load(path) if path.exists() else None
+
+    def feature_values(self, name: str) -> np.ndarray | None:
+        """[codes] raw value of code i+1 of feature column ``name``, or None where it is not coded."""
+        path = self.path / "features" / f"{name}.npy"
+        return _load(path) if path.exists() else None
+
+    @cached_property
+    def user_raw_ids(self) -> np.ndarray:
+        """[U] int64 or unicode."""
+        return _load(self.path / "users" / "raw_id.npy")
+
+    @cached_property
+    def item_raw_ids(self) -> np.ndarray:
+        """[num_items] int64 or unicode. Raw id of item i+1."""
+        return _load(self.path / "items" / "raw_id.npy")
+
+
+def _load(path: Path) -> np.ndarray:
+    if path.stat().st_size > 256:
+        return np.load(path, mmap_mode="r")
+    return np.load(path)  # an empty array cannot be mapped
+
+
+def _load_folder(folder: Path) -> dict[str, np.ndarray]:
+    return {p.stem: _load(p) for p in sorted(folder.glob("*.npy"))} if folder.is_dir() else {}
+
+
+@contextlib.contextmanager
+def new_store(path: str | Path) -> Iterator[StoreWriter]:
+    """Yields a writer to a temporary folder beside ``path`` and renames it to ``path`` when the block ends well.
+
+    On an exception or an interrupt the temporary folder is removed. What a killed process left behind is removed
+    by the next one. If another process finished the same store meanwhile, that one is kept.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield StoreWriter(temporary)
+        if not (temporary / "meta.json").exists():
+            raise RuntimeError("finish() was not called")
+        for folder in [p for p in temporary.rglob("*") if p.is_dir()] + [temporary]:
+            _sync(folder)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not (path / "meta.json").exists():
+                raise
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    host = socket.gethostname()
+    for leftover in path.parent.glob(f".{path.name}.{host}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class StoreWriter:
+    """Writes the columns of a new store. ``work`` is scratch space that never reaches the finished store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def work(self) -> Path:
+        work = self.folder / ".work"
+        work.mkdir(exist_ok=True)
+        return work
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        """Writes ``array`` as ``<name>.npy``; ``name`` may hold a folder, as in ``items/title``."""
+        path = self.folder / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Completes the counts and the split hash of ``meta`` from the columns and writes ``meta.json``.
+
+        meta: at least ``protocol``, ``split`` (``{"kind": ..., "time": ...}``) and ``counts["items"]``.
+        """
+        from hstu.data.splits import split_hash
+
+        shutil.rmtree(self.folder / ".work", ignore_errors=True)
+        meta = {"schema_version": SCHEMA_VERSION, **meta}
+        store = SequenceStore(self.folder, meta)
+        store._check()
+        meta["counts"] = {**meta["counts"], "users": store.num_users, "events": store.num_events}
+        meta["split_hash"] = split_hash(store)
+        with open(self.folder / "meta.json", "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1, ensure_ascii=False, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_store(
+    path: str | Path,
+    *,
+    offsets: np.ndarray,
+    item_ids: np.ndarray,
+    timestamps: np.ndarray,
+    meta: dict[str, Any],
+    actions: np.ndarray | None = None,
+    columns: dict[str, np.ndarray] | None = None,
+    user_raw_ids: np.ndarray | None = None,
+    item_raw_ids: np.ndarray | None = None,
+    item_attributes: dict[str, np.ndarray] | None = None,
+    num_items: int | None = None,
+) -> SequenceStore:
+    """Writes a store from arrays in memory (synthetic logs, tests) and opens it.
+
+    offsets: [U+1]; item_ids: [E], 1..num_items; timestamps: [E], s, ascending within a user.
+    num_items: default the largest item id. Raw ids default to 0..U-1 and 1..num_items.
+    """
+    num_items = int(num_items if num_items is not None else item_ids.max())
+    users = np.arange(len(offsets) - 1, dtype=np.int64) if user_raw_ids is None else user_raw_ids
+    items = np.arange(1, num_items + 1, dtype=np.int64) if item_raw_ids is None else item_raw_ids
+    meta = {"name": "arrays", "protocol": "stable", "split": {"kind": "leave-last-out", "time": None}, **meta}
+    meta["counts"] = {**meta.get("counts", {}), "items": num_items}
+    with new_store(path) as writer:
+        writer.save("offsets", np.asarray(offsets, np.int64))
+        writer.save("item_ids", np.asarray(item_ids, np.int32))
+        writer.save("timestamps", np.asarray(timestamps, np.int64))
+        if actions is not None:
+            writer.save("actions", np.asarray(actions, np.float32))
+        for name, column in (columns or {}).items():
+            writer.save(f"columns/{name}", column)
+        writer.save("users/raw_id", users)
+        writer.save("items/raw_id", items)
+        for name, column in (item_attributes or {}).items():
+            writer.save(f"items/{name}", column)
+        writer.finish(meta)
+    return SequenceStore.open(path)
