@@ -1,0 +1,147 @@
+"""Item tables: what losses, evaluation and recommendation ask for, wherever the rows lie.
+
+Nobody outside this file assumes that a table is one tensor on this rank. The local table needs torch
+and our own ops only.
+
+Legend: ``L`` total events, ``B`` users, ``D`` model width, ``R`` negatives per position, ``K`` items of
+a shared bank, ``S`` seen items over all users.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.rank_and_topk import rank, topk
+from kernels.sampled_softmax import bank_softmax, sampled_softmax
+
+INIT_STD = 0.02
+"""Item embeddings start as a normal of this width, truncated at two widths (PROTOCOL section 3)."""
+NORM_EPS = 1e-6
+"""Lower bound of the norm in the L2 normalisation (PROTOCOL section 3)."""
+
+
+class ItemTable(nn.Module, ABC):
+    """Embeddings of items 1..num_items; id 0 is padding, looks up zeros and is never scored."""
+
+    num_items: int
+    dim: int
+    l2_normalize: bool
+    """Queries and embeddings are L2-normalised before every dot product (not in :meth:`lookup`)."""
+
+    @abstractmethod
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of ids [...] int32 or int64, 0..num_items."""
+
+    @abstractmethod
+    def sampled_softmax(
+        self, queries: Tensor, labels: Tensor, negatives: Tensor | None = None, num_negatives: int = 128,
+        seed: int = 0, temperature: float = 0.05,
+    ) -> Tensor:  # fmt: skip
+        """Loss [L] of queries [L, D] against labels [L] and R negatives per position, drawn from ``seed`` or given."""
+
+    @abstractmethod
+    def bank_softmax(
+        self, queries: Tensor, labels: Tensor, bank_ids: Tensor, log_q: Tensor | None = None,
+        label_log_q: Tensor | None = None, temperature: float = 0.05,
+    ) -> Tensor:  # fmt: skip
+        """Loss [L] of queries [L, D] against labels [L] and bank_ids [K]; log_q [K], label_log_q [L] are subtracted."""
+
+    @abstractmethod
+    def full_softmax(
+        self, queries: Tensor, labels: Tensor, temperature: float = 0.05, chunk_mib: float = 64,
+        weights: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Loss [L] over all items; with weights [L] their weighted sum, a scalar."""
+
+    @abstractmethod
+    def rank(
+        self, queries: Tensor, targets: Tensor, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
+        chunk_mib: float = 64,
+    ) -> Tensor:  # fmt: skip
+        """Exact ranks float64 [B] of targets [B] among all items but the jagged seen_ids [S], seen_offsets [B + 1]."""
+
+    @abstractmethod
+    def topk(
+        self, queries: Tensor, k: int, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
+        chunk_mib: float = 64,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Scores and ids [B, k] of the best unseen items; score -inf and id 0 where there are fewer than k."""
+
+
+class LocalItemTable(ItemTable):
+    """One dense table on this rank.
+
+    Args:
+        num_items: >= 1.
+        dim: D, >= 1.
+        l2_normalize: see :class:`ItemTable`.
+        eps: > 0. Lower bound of the norm.
+        generator: of the initial values; None: torch's default generator.
+    """
+
+    def __init__(
+        self, num_items: int, dim: int, l2_normalize: bool = True, eps: float = NORM_EPS,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in (("num_items", num_items), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name}={value!r}: expected >= 1")
+        if not eps > 0:
+            raise ValueError(f"eps={eps!r}: expected > 0")
+        self.num_items, self.dim, self.l2_normalize, self.eps = num_items, dim, l2_normalize, eps
+        self.weight = nn.Parameter(torch.empty(num_items + 1, dim))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Truncated normal values; zeros in the padding row."""
+        with torch.no_grad():
+            nn.init.trunc_normal_(self.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+            self.weight[0].zero_()
+
+    def extra_repr(self) -> str:
+        return f"num_items={self.num_items}, dim={self.dim}, l2_normalize={self.l2_normalize}"
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D]; padding ids give zeros and no gradient. The gradient is deterministic on the CPU."""
+        return nn.functional.embedding(ids, self.weight, padding_idx=0)
+
+    def sampled_softmax(
+        self, queries: Tensor, labels: Tensor, negatives: Tensor | None = None, num_negatives: int = 128,
+        seed: int = 0, temperature: float = 0.05,
+    ) -> Tensor:  # fmt: skip
+        return sampled_softmax(
+            queries, self.weight, labels, negatives, num_negatives, seed, temperature, self.l2_normalize, self.eps
+        )
+
+    def bank_softmax(
+        self, queries: Tensor, labels: Tensor, bank_ids: Tensor, log_q: Tensor | None = None,
+        label_log_q: Tensor | None = None, temperature: float = 0.05,
+    ) -> Tensor:  # fmt: skip
+        return bank_softmax(
+            queries, self.weight, labels, bank_ids, log_q, label_log_q, temperature, self.l2_normalize, self.eps
+        )
+
+    def full_softmax(
+        self, queries: Tensor, labels: Tensor, temperature: float = 0.05, chunk_mib: float = 64,
+        weights: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return linear_cross_entropy(
+            queries, self.weight, labels, temperature, self.l2_normalize, self.eps, chunk_mib, weights
+        )
+
+    def rank(
+        self, queries: Tensor, targets: Tensor, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
+        chunk_mib: float = 64,
+    ) -> Tensor:  # fmt: skip
+        return rank(queries, self.weight, targets, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib)
+
+    def topk(
+        self, queries: Tensor, k: int, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
+        chunk_mib: float = 64,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return topk(queries, self.weight, k, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib)

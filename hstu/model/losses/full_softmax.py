@@ -1,0 +1,24 @@
+"""Softmax over the whole catalogue, computed in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hstu.config import LossConfig
+from hstu.embedding import ItemTable
+from hstu.model.losses._mean import check_weights
+
+
+def make_full_softmax(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | None, ItemTable, int], Tensor]:
+    """Label against all items; at most ``config.chunk_mib`` MiB of logits exist at a time. ``seed`` is not used."""
+
+    def loss(queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int) -> Tensor:
+        check_weights(labels, weights)
+        share = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
+        # The shares are known before the pass, which lets the op make its gradients in the same pass.
+        return table.full_softmax(queries, labels, config.temperature, config.chunk_mib, share / share.sum())
+
+    return loss

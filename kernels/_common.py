@@ -1,0 +1,91 @@
+"""Pieces of plain torch that several ops share.
+
+Shapes: ``L`` total events, ``D`` model width, ``V`` candidate items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: what an op accumulates and returns its loss in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def l2_normalize(x: Tensor, eps: float) -> Tensor:
+    """x / max(|x|, eps) over the last dimension, differentiable; a zero row stays zero with zero gradient."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+
+
+def prepare(queries: Tensor, table: Tensor, normalize: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """Queries and table in the compute dtype, L2-normalised if asked. Differentiable."""
+    dtype = compute_dtype(queries, table)
+    queries, table = queries.to(dtype), table.to(dtype)
+    if normalize:
+        return l2_normalize(queries, eps), l2_normalize(table, eps)
+    return queries, table
+
+
+def row_chunks(num_rows: int, rows: int) -> Iterator[slice]:
+    """Slices of at most ``rows`` rows (at least one) that cover ``num_rows``."""
+    rows = max(1, rows)
+    for start in range(0, num_rows, rows):
+        yield slice(start, min(start + rows, num_rows))
+
+
+def rows_within(chunk_mib: float, num_columns: int, dtype: torch.dtype) -> int:
+    """How many rows of ``num_columns`` values fit into ``chunk_mib`` MiB; at least one."""
+    return max(1, int(chunk_mib * 2**20) // max(1, num_columns * dtype.itemsize))
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Context that turns autocast off: an op's own products keep the dtype it chose."""
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+# Checks of cheap facts: rank, shape, dtype, device. No device read.
+
+
+def check_queries_and_table(queries: Tensor, table: Tensor, rows: str = "L") -> None:
+    """Raises ValueError unless queries are [rows, D] and table [num_items + 1, D], floating, on one device."""
+    if queries.ndim != 2:
+        raise ValueError(f"queries has shape {list(queries.shape)}: expected [{rows}, D]")
+    if table.ndim != 2 or table.shape[0] < 2:
+        raise ValueError(f"table has shape {list(table.shape)}: expected [num_items + 1, D] with num_items >= 1")
+    if queries.shape[1] != table.shape[1]:
+        raise ValueError(f"queries has width {queries.shape[1]}, table {table.shape[1]}: expected the same D")
+    for name, t in (("queries", queries), ("table", table)):
+        if not t.dtype.is_floating_point:
+            raise ValueError(f"{name} has dtype {t.dtype}: expected a floating dtype")
+    if queries.device != table.device:
+        raise ValueError(f"queries is on {queries.device}, table on {table.device}: expected one device")
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises ValueError unless ids has this shape, dtype int32 or int64, and lies on the device of ``like``."""
+    if tuple(ids.shape) != shape:
+        raise ValueError(f"{name} has shape {list(ids.shape)}: expected {list(shape)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has dtype {ids.dtype}: expected int32 or int64")
+    if ids.device != like.device:
+        raise ValueError(f"{name} is on {ids.device}, queries on {like.device}: expected one device")
+
+
+def check_positive(**numbers: float) -> None:
+    """Raises ValueError for the first number that is not > 0."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: expected > 0")
+
+
+def check_range_on_cpu(name: str, ids: Tensor, num_items: int, low: int = 1) -> None:
+    """On the CPU, where reading is free, raises ValueError for ids outside low..num_items."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    lowest, highest = (int(x) for x in torch.aminmax(ids))
+    if lowest < low or highest > num_items:
+        raise ValueError(f"{name} range over {lowest}..{highest}: expected {low}..{num_items}")

@@ -1,0 +1,63 @@
+"""Vectorised torch path of ranking: blocks of users against the whole table, memory bounded.
+
+``B`` users, ``V`` rows of the table. Inputs are in the compute dtype and already normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels._common import row_chunks, rows_within
+
+
+def _blocks(queries: Tensor, table: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None,
+            chunk_mib: float) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Slice of users, their scores [rows, V], and (row, id) of what they have seen, padding included."""
+    # Half of the bound: the comparison or the top-k needs as much again at most.
+    for part in row_chunks(queries.shape[0], rows_within(chunk_mib / 2, table.shape[0], table.dtype)):
+        scores = queries[part] @ table.mT  # [rows, V]
+        # Row 0 counts for nothing, whatever it holds.
+        lowest, highest = torch.aminmax(scores[:, 1:], dim=1)
+        if not bool((lowest.isfinite() & highest.isfinite()).all()):
+            raise ValueError("scores are not finite: queries or table hold NaN, infinite or huge values")
+        rows = part.stop - part.start
+        hidden_rows = torch.arange(rows, device=queries.device)
+        hidden_ids = torch.zeros_like(hidden_rows)
+        if seen_ids is not None and seen_offsets is not None:
+            offsets = seen_offsets[part.start : part.stop + 1].long()
+            ids = seen_ids[int(offsets[0]) : int(offsets[-1])].long()
+            hidden_ids = torch.cat([hidden_ids, ids])
+            hidden_rows = torch.cat([hidden_rows, hidden_rows.repeat_interleave(offsets.diff())])
+        yield part, scores, (hidden_rows, hidden_ids)
+
+
+def rank_torch(queries: Tensor, table: Tensor, targets: Tensor, seen_ids: Tensor | None,
+               seen_offsets: Tensor | None, chunk_mib: float) -> Tensor:  # fmt: skip
+    """Exact ranks float64 [B]. The target's score is read from the block, so that ties are exact."""
+    ranks = torch.empty(queries.shape[0], dtype=torch.float64, device=queries.device)
+    for part, scores, hidden in _blocks(queries, table, seen_ids, seen_offsets, chunk_mib):
+        column = targets[part].long()[:, None]
+        target = scores.gather(1, column)  # [rows, 1]
+        scores.index_put_(hidden, scores.new_tensor(-torch.inf))
+        scores.scatter_(1, column, target)  # a seen target stays a candidate
+        better = (scores > target).sum(dim=1)
+        equal = (scores == target).sum(dim=1) - 1  # without the target itself
+        ranks[part] = 1.0 + better + 0.5 * equal
+    return ranks
+
+
+def topk_torch(queries: Tensor, table: Tensor, k: int, seen_ids: Tensor | None, seen_offsets: Tensor | None,
+               chunk_mib: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scores [B, k], ids [B, k] int64, best first; missing ones -inf and 0."""
+    out_scores = queries.new_full((queries.shape[0], k), -torch.inf)
+    out_ids = torch.zeros(queries.shape[0], k, dtype=torch.int64, device=queries.device)
+    found = min(k, table.shape[0])
+    for part, scores, hidden in _blocks(queries, table, seen_ids, seen_offsets, chunk_mib):
+        scores.index_put_(hidden, scores.new_tensor(-torch.inf))
+        best, ids = scores.topk(found, dim=1)
+        out_scores[part, :found] = best
+        out_ids[part, :found] = ids.masked_fill_(best == -torch.inf, 0)
+    return out_scores, out_ids
