@@ -1,0 +1,316 @@
+"""Full-ranking evaluation with exact ranks, and the command ``hstu-evaluate``.
+
+    hstu-evaluate run=RUN [which=best|last] [split=test|validation] [eval.ks=[10]] [eval.filter_history=full]
+
+RUN is a run folder. Options that are not given keep the values of the run's own config.
+
+Legend: ``M`` targets, ``B`` users in a batch, ``S`` seen items of a batch, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hstu import baselines, metrics, report
+from hstu.cli import command
+from hstu.data.splits import Split, Targets, make_split
+from hstu.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hstu.config import Config
+    from hstu.data.store import SequenceStore
+    from hstu.model.retrieval import RetrievalModel
+
+ALL_USERS = "all users"
+EXACT_TIMES = "users without estimated timestamps"
+
+
+@dataclass
+class RankResult:
+    """Exact ranks of the targets that could be ranked."""
+
+    ranks: np.ndarray
+    """[M] float64. 1 + candidates that score higher + half of the other candidates with the same score."""
+    users: np.ndarray
+    """[M] int64, user rows."""
+    rows: np.ndarray
+    """[M] int64, event row of each target."""
+    num_empty: int = 0
+    """Targets left out because their user has no event before them."""
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+
+def with_history(store: SequenceStore, targets: Targets) -> tuple[Targets, int]:
+    """The targets with at least one event before them, and how many have none."""
+    users, rows = np.asarray(targets.users), np.asarray(targets.rows)
+    keep = rows > np.asarray(store.offsets)[users]
+    return Targets(users[keep], rows[keep]), int((~keep).sum())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: RetrievalModel, store: SequenceStore, targets: Targets, config: Config, device: torch.device | str = "cpu"
+) -> RankResult:
+    """Ranks every target against the whole catalogue with the model's scores.
+
+    Scores exist for one batch of users and one block of items at a time (the item table's ``rank``). The model
+    is put in evaluation mode and left in the mode it was found in.
+
+    Raises UserError if no target has a history.
+    """
+    from hstu.data.batches import eval_batches
+
+    kept, num_empty = with_history(store, targets)
+    if len(kept) == 0:
+        raise UserError(f"nothing to evaluate: none of the {len(targets)} held-out events has an event before it")
+    max_len = config.model.max_len
+    item_ids = np.asarray(store.item_ids)
+    was_training = model.training
+    model.eval()
+    ranks, at = np.empty(len(kept), dtype=np.float64), 0
+    for batch, labels in eval_batches(store, kept, max_len, config.eval.batch_users):
+        m = slice(at, at + len(labels))
+        starts, ends = baselines.seen_range(store, kept.users[m], kept.rows[m], config.eval.filter_history, max_len)
+        seen_rows, seen_offsets = baselines.expand(starts, ends)
+        seen_ids = torch.from_numpy(item_ids[seen_rows].astype(np.int64)).to(device)  # [S]
+        queries = model.last(batch.to(device))  # [B, D]
+        batch_ranks = model.table.rank(
+            queries, labels.to(device), seen_ids, torch.from_numpy(seen_offsets).to(device), config.eval.chunk_mib
+        )
+        ranks[m] = batch_ranks.double().cpu().numpy()
+        at += len(labels)
+    assert at == len(kept), f"eval_batches gave {at} targets of {len(kept)}"
+    model.train(was_training)
+    return RankResult(ranks, kept.users, kept.rows, num_empty)
+
+
+def oracle_ranks(config: Config, store: SequenceStore, targets: Targets) -> np.ndarray | None:
+    """Ranks under the true next-item distribution of the synthetic log, float64 [M]; None for other data.
+
+    No model can do better on average: the oracle knows the process, the whole history and the request time.
+    """
+    if config.data.source != "synthetic":
+        return None
+    from hstu.data.synthetic import SyntheticProcess
+
+    process = SyntheticProcess(config.data.num_items, config.data.num_users, config.data.synthetic_seed)
+    item_ids, times = np.asarray(store.item_ids), np.asarray(store.timestamps)
+    users, rows = targets.users, targets.rows
+    history, offsets = baselines.expand(np.asarray(store.offsets)[users], rows)
+    starts, ends = baselines.seen_range(store, users, rows, config.eval.filter_history, config.model.max_len)
+    ranks, at = [], 0
+    for probs in process.next_item_probs(offsets, item_ids[history], times[history], times[rows]):
+        m = np.arange(at, at + len(probs))
+        at += len(probs)
+        column = item_ids[rows[m]].astype(np.int64) - 1
+        target = probs[np.arange(len(m)), column][:, None]
+        seen_rows, seen_offsets = baselines.expand(starts[m], ends[m])
+        probs[np.repeat(np.arange(len(m)), np.diff(seen_offsets)), item_ids[seen_rows].astype(np.int64) - 1] = -1.0
+        probs[np.arange(len(m)), column] = -1.0  # the target is not ranked against itself
+        ranks.append(1.0 + (probs > target).sum(axis=1) + 0.5 * (probs == target).sum(axis=1))
+    return np.concatenate(ranks)
+
+
+def user_groups(store: SequenceStore, users: np.ndarray) -> dict[str, np.ndarray]:
+    """Which rankings each reported group of users holds, bool [M] by name.
+
+    Always all users; where the store flags estimated timestamps also the users who have none.
+    """
+    groups = {ALL_USERS: np.ones(len(users), dtype=bool)}
+    flags = store.columns.get("timestamp_estimated")
+    if flags is not None:
+        before = np.zeros(len(flags) + 1, dtype=np.int64)
+        np.cumsum(np.asarray(flags) != 0, out=before[1:])
+        offsets = np.asarray(store.offsets)
+        groups[EXACT_TIMES] = before[offsets[users + 1]] == before[offsets[users]]
+    return groups
+
+
+@dataclass
+class Row:
+    """One line of the result table: a system's metrics over one group of users."""
+
+    system: str
+    group: str
+    count: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """Everything that ``hstu-evaluate`` prints and writes."""
+
+    rows: list[Row]
+    breakdowns: dict[str, list[metrics.Group]]
+    num_empty: int
+    filter_history: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def assess(config: Config, store: SequenceStore, split: Split, result: RankResult) -> Evaluation:
+    """Metrics, intervals, breakdowns and baselines for the model's ranks ``result``.
+
+    The baselines count the training events of ``split`` and rank the same targets with the same filter.
+    """
+    ks, filter_history = config.eval.ks, config.eval.filter_history
+    targets = Targets(result.users, result.rows)
+    systems = {config.model.name: result.ranks}
+    systems |= baselines.rank_baselines(store, split.train_end, targets, filter_history, config.model.max_len)
+    oracle = oracle_ranks(config, store, targets)
+    if oracle is not None:
+        systems["oracle (true process)"] = oracle
+    rows = []
+    for group, inside in user_groups(store, result.users).items():
+        for system, ranks in systems.items():
+            if inside.any():
+                intervals = metrics.bootstrap(
+                    ranks[inside], result.users[inside], ks, config.eval.bootstrap, seed=config.seed
+                )
+                values = metrics.summarize(ranks[inside], ks)
+                rows.append(Row(system, group, int(inside.sum()), values, intervals))
+    times = np.asarray(store.timestamps)
+    counts = baselines.popularity(store, split.train_end)
+    parts = metrics.breakdowns(
+        result.ranks,
+        result.rows - np.asarray(store.offsets)[result.users],
+        counts[np.asarray(store.item_ids)[result.rows]],
+        times[result.rows] - times[result.rows - 1],
+        ks,
+    )
+    return Evaluation(rows, parts, result.num_empty, filter_history)
+
+
+def split_targets(split: Split, part: str) -> Targets:
+    """The targets of ``test`` or ``validation``."""
+    if part == "test":
+        return split.test
+    if part != "validation":
+        raise UserError(f"split={part}: expected test or validation")
+    if split.validation is None:
+        raise UserError("split=validation: this run held out no validation events (run.selection=reference); use test")
+    return split.validation
+
+
+def override_eval(config: Config, options: dict[str, Any]) -> Config:
+    """The run's config with the given ``eval.*`` options (None: keep)."""
+    from hstu.config import EvalConfig, build
+
+    values = dataclasses.asdict(config.eval) | {k: v for k, v in options.items() if v is not None}
+    return dataclasses.replace(config, eval=build(EvalConfig, values, "eval."))
+
+
+def dataset_label(store: SequenceStore) -> str:
+    """Name of the data set, with the share of estimated timestamps where the store flags them."""
+    name = str(store.meta.get("name", store.path.name))
+    flags = store.columns.get("timestamp_estimated")
+    if flags is None or not np.any(flags):
+        return name
+    return f"{name}, {100 * np.count_nonzero(flags) / len(flags):.1f} % of the timestamps estimated"
+
+
+def evaluation_json(
+    config: Config, store: SequenceStore, evaluation: Evaluation, part: str, which: str
+) -> dict[str, Any]:
+    """Content of ``evaluation.json``: what was evaluated, how, with what, and every number."""
+    return {
+        "dataset": dataset_label(store),
+        "protocol": store.meta.get("protocol"),
+        "split_hash": store.meta.get("split_hash"),
+        "model": config.model.name,
+        "experiment": config.experiment,
+        "seed": config.seed,
+        "selection": config.run.selection,
+        "part": part,
+        "checkpoint": which,
+        "eval": dataclasses.asdict(config.eval),
+        "published": dataclasses.asdict(config.published),
+        "machine": report.machine(),
+        "versions": report.versions(),
+        "commit": report.commit(),
+        **evaluation.to_dict(),
+    }
+
+
+def show(evaluation: Evaluation, config: Config, store: SequenceStore, part: str, console: Console) -> None:
+    """Prints the metrics beside the baselines and the published row, then the breakdowns."""
+    names = metrics.metric_names(config.eval.ks)
+    model = config.model.name
+    for group in dict.fromkeys(row.group for row in evaluation.rows):
+        rows = {row.system: row for row in evaluation.rows if row.group == group}
+        columns: dict[str, dict[str, Any]] = {model: rows[model].metrics}
+        if rows[model].intervals:
+            columns["95 % interval"] = {n: f"{a:.4f} .. {b:.4f}" for n, (a, b) in rows[model].intervals.items()}
+        columns |= {system: row.metrics for system, row in rows.items() if system != model}
+        if config.published.metrics and config.published.protocol == store.meta.get("protocol"):
+            columns[f"published ({config.published.source})"] = dict(config.published.metrics)
+        title = f"{dataset_label(store)}, {part}: {rows[model].count:,} users ({group})"
+        console.print(report.metrics_table(title, columns, names))
+    k = 10 if 10 in config.eval.ks else min(config.eval.ks)
+    for kind, groups in evaluation.breakdowns.items():
+        console.print(report.groups_table(f"By {kind}: {model}, {part}", groups, [f"hr@{k}", f"ndcg@{k}", "mrr"]))
+    notes = [
+        f"items removed from the ranking: {evaluation.filter_history} history",
+        f"protocol {store.meta.get('protocol')}",
+    ]
+    if evaluation.num_empty:
+        notes.append(f"left out, no event before the target: {evaluation.num_empty:,} users")
+    if config.run.selection == "reference" and part == "test":
+        notes.append("best epoch chosen on test (run.selection=reference)")
+    console.print("; ".join(notes))
+
+
+def run_device(name: str) -> torch.device:
+    """``auto`` takes CUDA where it is; ``cuda`` without one raises UserError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def evaluate_run(options: dict[str, Any]) -> Evaluation:
+    """What ``hstu-evaluate`` does: loads, ranks, prints, writes ``evaluation.json`` into the run folder."""
+    from rich.console import Console
+
+    from hstu.train import load_run
+
+    run = Path(str(options["run"])).expanduser()
+    config, store, model = load_run(run, which=options["which"])
+    config = override_eval(config, options["eval"])
+    device = run_device(options["device"])
+    split = make_split(store, config.run.selection)
+    part = options["split"]
+    targets = split_targets(split, part)
+    started = time.perf_counter()
+    result = evaluate(model.to(device), store, targets, config, device)
+    evaluation = assess(config, store, split, result)
+    seconds = time.perf_counter() - started
+    console = Console()
+    show(evaluation, config, store, part, console)
+    path = run / ("evaluation.json" if part == "test" else "evaluation-validation.json")
+    report.write_json(path, evaluation_json(config, store, evaluation, part, options["which"]) | {"seconds": seconds})
+    console.print(f"{seconds:.1f} s; written to {path}")
+    return evaluation
+
+
+def main() -> int:
+    """Entry point of ``hstu-evaluate``."""
+    return command("evaluate", __doc__, evaluate_run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,517 @@
+"""Tables, records and plots: what a person sees of a run, and what is kept of a measurement.
+
+    python -m hstu.report readme [--check]        write (or compare) the README's tables from the records
+    python -m hstu.report record NAME RUN [RUN..] make the record of one or more evaluated runs (one per seed)
+    python -m hstu.report curves RUN              plot loss and metrics of a run into RUN/curves.png
+
+A record is one JSON file ``benchmarks/results/<date>-<name>.json`` with the fields of :class:`Record`, the same
+for every kind of measurement. ``timing`` is a flat mapping of numbers and strings, or ``{"rows": [mapping, ...]}``
+with one mapping per measured size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hstu.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KINDS = ("training", "ranking", "kernel", "scoring", "preparation")
+GROUP_SEPARATOR = " | "
+"""In a record's metric names: ``hr@10`` is over all users, ``hr@10 | GROUP`` over that group of users."""
+README_METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200")
+BLOCKS = ("accuracy", "timing", "provenance")
+"""README blocks, each between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``."""
+
+
+# Where and with what a number was made
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores usable by this process, memory, GPUs and their driver (None where there is none)."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        memory = None
+    names, driver = _gpus()
+    return {"cpu": cpu, "cores": cores, "memory_gib": memory, "gpu": names, "driver": driver}
+
+
+def _gpus() -> tuple[str | None, str | None]:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    lines = [line.rsplit(",", 1) for line in out.strip().splitlines() if "," in line]
+    if not lines:
+        return None, None
+    names = [name.strip() for name, _ in lines]
+    return (names[0] if len(names) == 1 else f"{len(names)} x {names[0]}"), lines[0][1].strip()
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that can change a number; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    packages = ("torch", "triton", "numpy", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "hydra-core", "polars")
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of this checkout, ``-dirty`` appended where tracked files differ; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return f"{head}-dirty" if git("status", "--porcelain", "--untracked-files=no") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# Records
+
+
+@dataclass
+class Record:
+    """One committed measurement."""
+
+    name: str
+    kind: str
+    """One of ``KINDS``."""
+    dataset: str
+    protocol: str | None
+    split_hash: str | None
+    model: str
+    seeds: list[int]
+    metrics: dict[str, dict[str, Any]]
+    """By metric: ``mean``, ``std`` (sample standard deviation; 0 for one value) and ``values``, one per seed."""
+    timing: dict[str, Any]
+    published: dict[str, Any] | None = None
+    """``source``, ``protocol`` and ``metrics`` of the published row; absent where there is none."""
+    machine: dict[str, Any] = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=versions)
+    commit: str | None = field(default_factory=commit)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"record kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):
+            raise UserError(f"record name={self.name!r}: expected lower-case letters, digits and . _ -")
+        for metric, value in self.metrics.items():
+            if set(value) != {"mean", "std", "values"}:
+                raise UserError(f"record metric {metric!r} has {sorted(value)}: expected mean, std and values")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        if self.published is None:
+            del values["published"]
+        return values
+
+
+def aggregate(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation and values of each metric over ``runs``, one mapping per seed.
+
+    Only metrics that every run has are kept.
+    """
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    out = {}
+    for name in names:
+        values = [float(run[name]) for run in runs]
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        out[name] = {"mean": statistics.fmean(values), "std": std, "values": values}
+    return out
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes strict JSON (NaN becomes null) through a temporary file, so that a reader never sees half of it."""
+    text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()  # a numpy number
+    return None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object; UserError where it is missing or broken. ``what``: how to get such a file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {what}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON: {what}") from None
+
+
+def write_record(record: Record, folder: Path = RESULTS, date: str | None = None) -> Path:
+    """Writes ``<folder>/<date>-<name>.json`` (date: today in UTC, ``YYYY-MM-DD``) and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date or datetime.now(UTC).date().isoformat()}-{record.name}.json"
+    write_json(path, record.to_dict())
+    return path
+
+
+def read_records(folder: Path = RESULTS) -> list[tuple[str, Record]]:
+    """All records of ``folder`` with their file names, in the order of the names; a wrong file raises UserError."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        values = read_json(path, "mend or delete the record")
+        known = {f.name for f in dataclasses.fields(Record)}
+        wrong = sorted((known ^ set(values)) - {"published"})
+        if wrong:
+            raise UserError(
+                f"{path} has missing or unknown fields {', '.join(wrong)}: expected {', '.join(sorted(known))}"
+            )
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d-" + re.escape(str(values["name"])), path.stem):
+            raise UserError(f"{path}: expected the file name <YYYY-MM-DD>-{values['name']}.json")
+        records.append((path.name, Record(**values)))
+    return records
+
+
+def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Record:
+    """The training record of evaluated runs that differ in their seed only.
+
+    system: which row of ``evaluation.json`` to record, default the model; ``most popular`` records that baseline.
+    """
+    import yaml
+
+    evaluations, configs, timings = [], [], []
+    for run in runs:
+        evaluations.append(read_json(run / "evaluation.json", f"run hstu-evaluate run={run} first"))
+        configs.append(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        result = run / "result.json"
+        timings.append((read_json(result, "").get("timing") or {}) if result.exists() else {})
+    first = evaluations[0]
+    for run, evaluation, config in zip(runs, evaluations, configs, strict=True):
+        for key in ("dataset", "protocol", "split_hash", "model", "selection", "part", "filter_history"):
+            if evaluation[key] != first[key]:
+                raise UserError(f"{run} has {key}={evaluation[key]!r}, {runs[0]} has {first[key]!r}: not one record")
+        if _without_seed(config) != _without_seed(configs[0]):
+            raise UserError(
+                f"{run} and {runs[0]} have different configs: one record holds runs that differ in seed only"
+            )
+    system = system or first["model"]
+    metrics = []
+    for evaluation in evaluations:
+        values = {}
+        for row in evaluation["rows"]:
+            if row["system"] == system:
+                group = "" if row["group"] == "all users" else GROUP_SEPARATOR + row["group"]
+                values |= {f"{metric}{group}": value for metric, value in row["metrics"].items()}
+        if not values:
+            known = sorted({row["system"] for row in evaluation["rows"]})
+            raise UserError(f"system={system!r} was not evaluated: expected one of {', '.join(known)}")
+        metrics.append(values)
+    numbers = [{k: v for k, v in t.items() if isinstance(v, int | float)} for t in timings]
+    timing = {k: v["mean"] for k, v in aggregate(numbers).items()} if system == first["model"] else {}
+    published = first["published"]
+    comparable = bool(published.get("metrics")) and published.get("protocol") == first["protocol"]
+    published = published if comparable and system == first["model"] else None
+    return Record(
+        name, "training", first["dataset"], first["protocol"], first["split_hash"], system,
+        [c["seed"] for c in configs], aggregate(metrics), timing, published,
+        first["machine"], first["versions"], first["commit"], configs[0],
+    )  # fmt: skip
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    run = {k: v for k, v in config.get("run", {}).items() if k not in ("dir", "progress", "loggers", "threads")}
+    return {**{k: v for k, v in config.items() if k not in ("seed", "seeds")}, "run": run}
+
+
+# README
+
+
+def readme_block(block: str, records: Sequence[tuple[str, Record]]) -> str:
+    """Markdown of one README block."""
+    if not records:
+        return "No records yet."
+    if block == "accuracy":
+        return _accuracy([r for _, r in records if any(m in r.metrics for m in README_METRICS)])
+    if block == "timing":
+        return _timing([r for _, r in records])
+    return _provenance(records)
+
+
+def _accuracy(records: Sequence[Record]) -> str:
+    """One table per data set and protocol; the published row stands below the rows it is compared with."""
+    tables: dict[tuple[str, str | None], list[Record]] = {}
+    for record in records:
+        tables.setdefault((record.dataset, record.protocol), []).append(record)
+    parts = []
+    for (dataset, protocol), members in tables.items():
+        rows = []
+        for record in members:
+            groups = [""] + sorted({m.split(GROUP_SEPARATOR)[1] for m in record.metrics if GROUP_SEPARATOR in m})
+            selection = record.config.get("run", {}).get("selection", "")
+            for group in groups:
+                suffix = GROUP_SEPARATOR + group if group else ""
+                cells = [_mean_std(record.metrics.get(m + suffix)) for m in README_METRICS]
+                seeds = ", ".join(map(str, record.seeds))
+                rows.append(
+                    [record.config.get("experiment") or record.model, selection, group or "all users", *cells, seeds]
+                )
+            if record.published:
+                values = record.published["metrics"]
+                cells = [f"{values[m]:.4f}" if m in values else "" for m in README_METRICS]
+                source = f"*published: {record.published.get('source', '')}*"
+                if [source, *cells] not in [[r[0], *r[3:-1]] for r in rows]:
+                    rows.append([source, "", "", *cells, ""])
+        head = ["Experiment", "Selection", "Users", *[m.upper() for m in README_METRICS], "Seeds"]
+        parts.append(f"**{dataset}**, protocol `{protocol}`\n\n" + markdown_table(head, rows))
+    return "\n\n".join(parts) if parts else "No records yet."
+
+
+def _timing(records: Sequence[Record]) -> str:
+    """One table per set of columns; every record with a timing appears."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for record in records:
+        rows = record.timing.get("rows", [record.timing] if record.timing else [])
+        for values in rows:
+            cells = [record.name, record.kind, *[_number(v) for v in values.values()]]
+            tables.setdefault(tuple(values), []).append(cells)
+    parts = [markdown_table(["Record", "Kind", *columns], rows) for columns, rows in tables.items()]
+    return "\n\n".join(parts) if parts else "No records yet."
+
+
+def _provenance(records: Sequence[tuple[str, Record]]) -> str:
+    head = ["Record", "Machine", "Python, torch", "Commit", "Split hash", "Seeds"]
+    rows = []
+    for file, r in records:
+        m = r.machine
+        memory = f", {m['memory_gib']:.0f} GiB" if m.get("memory_gib") else ""
+        gpu = f", {m['gpu']} (driver {m['driver']})" if m.get("gpu") else ""
+        rows.append([
+            f"[{r.name}](benchmarks/results/{file})", f"{m['cpu']}, {m['cores']} cores{memory}{gpu}",
+            f"{r.versions.get('python', '')}, {r.versions.get('torch', '')}", _short(r.commit), r.split_hash or "",
+            ", ".join(map(str, r.seeds)),
+        ])  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def _short(sha: str | None) -> str:
+    return "" if sha is None else sha[:10] + ("-dirty" if sha.endswith("-dirty") else "")
+
+
+def _mean_std(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['mean']:.4f}" + (f" ± {value['std']:.4f}" if len(value["values"]) > 1 else "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; ``|`` inside a cell is escaped."""
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+def fill_readme(text: str, records: Sequence[tuple[str, Record]]) -> str:
+    """``text`` with every results block rewritten. UserError where it has no block at all or an unclosed one."""
+    found = False
+    for block in BLOCKS:
+        start, end = f"<!-- results:{block} -->", f"<!-- /results:{block} -->"
+        if start not in text and end not in text:
+            continue
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise UserError(f"README block {block}: expected one {start} followed by one {end}")
+        content = f"{start}\n{readme_block(block, records)}\n{end}"
+        text = pattern.sub(lambda _, content=content: content, text)
+        found = True
+    if not found:
+        raise UserError(
+            f"README has no results block: add <!-- results:{BLOCKS[0]} --> and <!-- /results:{BLOCKS[0]} -->"
+        )
+    return text
+
+
+# Tables in the terminal
+
+
+def metrics_table(title: str, columns: Mapping[str, Mapping[str, float | str]], names: Sequence[str]) -> Table:
+    """Rows are metrics, columns are systems; a number is shown with four decimals, a missing value as ``-``."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name in names:
+        cells = [values.get(name, "-") for values in columns.values()]
+        table.add_row(name, *[c if isinstance(c, str) else "-" if c != c else f"{c:.4f}" for c in cells])
+    return table
+
+
+def groups_table(title: str, groups: Sequence[Any], names: Sequence[str]) -> Table:
+    """A breakdown (``hstu.metrics.Group`` list): one row per group."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(title.split(":")[0].lower())
+    for column in ("users", *names):
+        table.add_column(column, justify="right")
+    for group in groups:
+        table.add_row(group.name, f"{group.count:,}", *[f"{group.metrics[n]:.4f}" for n in names])
+    return table
+
+
+# Plot
+
+
+def plot_curves(run: Path) -> Path:
+    """Plots the training loss and the evaluation metrics of ``RUN/metrics.jsonl`` into ``RUN/curves.png``.
+
+    Lines of the file are objects. A training line has ``loss``; an evaluation line has ``NAME@K`` keys, either at
+    the top or inside ``metrics``. The horizontal axis is ``step`` where every line has it, else ``epoch``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        raise UserError(f"{file} does not exist: is {run} a run folder?")
+    loss, curves, axis = _read_curves(file)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    if loss:
+        x, y = zip(*loss, strict=True)
+        left.plot(x, y, color="tab:blue", linewidth=1.2)
+    left.set(title="Training loss", xlabel=axis, ylabel="loss")
+    colours = ("tab:orange", "tab:green", "tab:purple", "tab:red", "tab:brown", "tab:blue")
+    for (name, points), colour in zip(sorted(curves.items()), colours * (1 + len(curves) // 6), strict=False):
+        x, y = zip(*points, strict=True)
+        right.plot(x, y, label=name, color=colour, linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3)
+    right.set(title="Evaluation", xlabel=axis, ylabel="metric")
+    if curves:
+        right.legend(fontsize=8)
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{run.resolve().parent.name} / {run.resolve().name}", fontsize=10)
+    path = run / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _read_curves(file: Path) -> tuple[list[tuple[float, float]], dict[str, list[tuple[float, float]]], str]:
+    """Loss points, points of each metric shown, and the name of the horizontal axis."""
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise UserError(f"{file} line {number} is not valid JSON") from None
+    axis = "step" if all("step" in line for line in lines) else "epoch"
+    loss: list[tuple[float, float]] = []
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for place, line in enumerate(lines):
+        x = float(line.get(axis, place))
+        if isinstance(line.get("loss"), int | float):
+            loss.append((x, float(line["loss"])))
+        for name, value in {**line, **(line.get("metrics") or {})}.items():
+            if "@" in name and isinstance(value, int | float):
+                curves.setdefault(name, []).append((x, float(value)))
+    shown = [n for n in curves if n.rsplit("@", 1)[1] in ("10", "200")] or list(curves)
+    return loss, {name: curves[name] for name in shown}, axis
+
+
+# The command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m hstu.report``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m hstu.report", description="README tables, records, curves.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    readme = commands.add_parser("readme", help="write the README's tables from the records")
+    readme.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README differs")
+    readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    readme.add_argument("--results", type=Path, default=RESULTS)
+    record = commands.add_parser("record", help="make one record from evaluated runs, one run per seed")
+    record.add_argument("name")
+    record.add_argument("runs", nargs="+", type=Path)
+    record.add_argument("--system", help="row of evaluation.json to record (default: the model)")
+    record.add_argument("--date", help="YYYY-MM-DD (default: today)")
+    record.add_argument("--results", type=Path, default=RESULTS)
+    curves = commands.add_parser("curves", help="plot loss and metrics of a run")
+    curves.add_argument("run", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "readme":
+            return _readme_command(options.readme, options.results, options.check)
+        if options.command == "record":
+            made = run_record(options.name, options.runs, options.system)
+            print(write_record(made, options.results, options.date))
+        else:
+            print(plot_curves(options.run))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _readme_command(readme: Path, results: Path, check: bool) -> int:
+    if not readme.exists():
+        raise UserError(f"{readme} does not exist")
+    old = readme.read_text(encoding="utf-8")
+    new = fill_readme(old, read_records(results))
+    if not check:
+        readme.write_text(new, encoding="utf-8")
+        print(f"{readme}: {'unchanged' if new == old else 'tables rewritten'}")
+        return 0
+    if new != old:
+        print(f"{readme} does not agree with {results}: run python -m hstu.report readme", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
