@@ -1,62 +1,81 @@
-"""What the commands share: composing their options with Hydra, and one clear line for a wrong one."""
+"""What the commands share: where the config folder lies, and one clear line instead of a traceback."""
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hstu.errors import UserError
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+
+def conf_dir() -> Path:
+    """The folder with the YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"no conf folder in {package} or {package.parent}: install the project again")
 
 
-def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Options of ``conf/<name>.yaml`` with command-line ``overrides``, as nested plain values.
+def command(main: Callable[..., Any]) -> Callable[..., int]:
+    """Decorates a command's ``main``: a foreseeable failure is one ``error: ...`` line and exit status 1.
 
-    Works from any folder and leaves no output folder behind. Raises UserError for an unknown or malformed
-    option, and for a required one (``???``) that was not given.
+    Covers UserError, errors of Hydra's composition, a full disk and denied access. Ctrl-C exits with 130. Any
+    other exception keeps its traceback: it is a bug.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> int:
+        # Hydra then lets exceptions of the task pass, instead of printing its own trace.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        try:
+            result = main(*args, **kwargs)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except Exception as error:
+            line = _one_line(error)
+            if line is None:
+                raise
+            return _fail(line, 1)
+        return result if isinstance(result, int) else 0
+
+    return run
+
+
+def _fail(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _one_line(error: BaseException) -> str | None:
+    """The message for the person at the command line, or None for a bug."""
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for option in overrides:
-        if "=" not in option:
-            raise UserError(f"option {option!r}: expected name=value")
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            options = OmegaConf.to_container(hydra_compose(name, overrides=list(overrides)), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
-        raise UserError(" ".join(dict.fromkeys(lines))) from None
-    assert isinstance(options, dict)
-    missing = [key for key, value in options.items() if value == "???"]
-    if missing:
-        raise UserError(f"option {missing[0]} is required: give {missing[0]}=VALUE")
-    return {str(key): value for key, value in options.items()}
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}): free some space or set another data.root"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}: change its rights or choose another place"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _hydra_line(error)
+    return None
 
 
-def command(name: str, usage: str | None, body: Callable[[dict[str, Any]], object]) -> int:
-    """Runs ``body`` with the composed options of ``sys.argv``; returns the exit status.
+def _hydra_line(error: BaseException) -> str:
+    from hydra.errors import MissingConfigException
 
-    ``--help`` prints ``usage``. A UserError is printed as one line, without a traceback, and gives status 1.
-    """
-    arguments = sys.argv[1:]
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print((usage or "").strip())
-        return 0
-    try:
-        body(compose(name, arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={name}: no such choice; {group} is one of {', '.join(sorted(error.options))}"
+    cause = error.__cause__
+    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
+    if cause is not None and str(cause):
+        lines.append(str(cause).splitlines()[0].strip())
+    return " ".join(lines[:3])

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -132,8 +132,8 @@ def new_store(path: str | Path) -> Iterator[StoreWriter]:
         yield StoreWriter(temporary)
         if not (temporary / "meta.json").exists():
             raise RuntimeError("finish() was not called")
-        for folder in [p for p in temporary.rglob("*") if p.is_dir()] + [temporary]:
-            _sync(folder)
+        for part in [*temporary.rglob("*"), temporary]:
+            _sync(part)
         try:
             os.rename(temporary, path)
         except OSError:
@@ -174,12 +174,22 @@ class StoreWriter:
 
     def save(self, name: str, array: np.ndarray) -> None:
         """Writes ``array`` as ``<name>.npy``; ``name`` may hold a folder, as in ``items/title``."""
+        with self.column(name, array.dtype, len(array)) as column:
+            column.append(array)
+
+    @contextlib.contextmanager
+    def column(self, name: str, dtype: Any, num_rows: int) -> Iterator[ColumnFile]:
+        """Writes ``<name>.npy`` of ``num_rows`` rows piece by piece, in order.
+
+        A plain file and not a mapped one: a full disk then raises OSError where a mapped page would kill the process.
+        """
         path = self.folder / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+            column = ColumnFile(file, np.dtype(dtype), num_rows)
+            yield column
+        if column.written != num_rows:
+            raise RuntimeError(f"{name}: {column.written} of {num_rows} rows written")
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Completes the counts and the split hash of ``meta`` from the columns and writes ``meta.json``.
@@ -197,8 +207,20 @@ class StoreWriter:
         with open(self.folder / "meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1, ensure_ascii=False, sort_keys=True)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+
+class ColumnFile:
+    """One ``.npy`` file in the making."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype, num_rows: int) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_rows,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.file, self.dtype, self.written = file, dtype, 0
+
+    def append(self, array: np.ndarray) -> None:
+        array = np.ascontiguousarray(array, self.dtype)
+        self.file.write(array.view(np.uint8).data if array.size else b"")
+        self.written += len(array)
 
 
 def write_store(

@@ -1,0 +1,246 @@
+"""From checked rows to a sequence store: code the ids, filter, order, write."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from hstu.config import DataConfig
+from hstu.data import filters
+from hstu.data.buckets import Buckets, Events
+from hstu.data.order import sort_events, tie_keys
+from hstu.data.store import RARE_ITEM, StoreWriter
+from hstu.data.tables import Rejects, Table
+from hstu.errors import UserError
+
+_CHUNK_ROWS = 1 << 19
+_MAX_CODES = 2**31 - 2
+
+
+@dataclass
+class RawLog:
+    """What an importer hands over."""
+
+    table: Table
+    items: pl.DataFrame | None = None
+    """Item attributes, one row per item; first column ``raw_id``, unique."""
+    items_listed: bool = False
+    """True: ``items`` is the catalogue (MovieLens); every row of it gets an id, rated or not."""
+    items_name: str = ""
+    """File of ``items``, for messages."""
+    row_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further columns by global row number minus 1 (``timestamp_estimated``), float32 or int32."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Built:
+    """Counts of :func:`build_store` for meta.json and the table."""
+
+    num_users: int = 0
+    num_items: int = 0
+    num_rated: int = 0
+    num_events: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+
+
+def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: Rejects) -> Built:
+    """Writes every column of the store but ``meta.json``."""
+    frame = log.table.scan()
+    users = _vocabulary(frame, "user")
+    items = _item_vocabulary(log, frame, rejects)
+    buckets, extra = _bucket_events(frame, users, items, log, writer)
+    built = Built()
+    if config.dedup != "none":
+        built.removed["duplicates"] = filters.dedup(buckets, config.dedup)
+
+    num_users, num_items = len(users), len(items)
+    alive_users, alive_items, vocabulary = filters.minimum_counts(
+        buckets, num_users, num_items, config.min_user_events, config.min_item_events, config.filter_mode
+    )
+    user_counts, item_counts = filters.count(buckets, num_users, num_items, alive_users, alive_items)
+    total = sum(len(e["user"]) for _, e in buckets.scan("user"))
+    built.removed["minimum counts"] = total - int(user_counts.sum())
+    if user_counts.sum() == 0:
+        raise UserError(
+            f"no event is left of {total} after the filters (data.min_user_events={config.min_user_events}, "
+            f"data.min_item_events={config.min_item_events}, data.filter_mode={config.filter_mode}): lower them"
+        )
+    if log.items_listed and config.min_item_events <= 1 and config.filter_mode == "one-pass":
+        vocabulary = np.ones(num_items, bool)  # films that nobody rated are candidates too
+    ids, built.num_items = filters.cap_vocabulary(item_counts, vocabulary, config.max_items)
+    built.num_rated = len(np.unique(ids[item_counts > 0]))
+
+    stored = user_counts if config.max_events is None else np.minimum(user_counts, config.max_events)
+    built.removed["maximum length"] = int(user_counts.sum() - stored.sum())
+    chosen = np.flatnonzero(user_counts > 0)
+    built.num_users, built.num_events = len(chosen), int(stored.sum())
+    offsets = np.concatenate([[0], np.cumsum(stored[chosen])])
+    writer.save("offsets", offsets.astype(np.int64))
+    _write_events(buckets, extra, alive_users, alive_items, ids, stored, log.table.per_second, config, writer)
+    writer.save("users/raw_id", _to_numpy(users["raw_id"])[chosen])
+    _write_items(log, items, ids, built.num_items, writer)
+    return built
+
+
+# Ids
+
+
+def _vocabulary(frame: pl.LazyFrame, name: str) -> pl.DataFrame:
+    """``raw_id`` ascending, its ``key`` in the table, ``count``; strings that are all plain integers become int64."""
+    found = frame.group_by(pl.col(name).alias("key")).agg(pl.len().alias("count")).collect(engine="streaming")
+    if len(found) > _MAX_CODES:
+        raise UserError(f"{len(found)} distinct {name} ids: at most {_MAX_CODES} fit 32 bits")
+    raw = found["key"]
+    if raw.dtype == pl.String:
+        numbers = raw.cast(pl.Int64, strict=False)
+        if numbers.null_count() == 0 and (numbers.cast(pl.String) == raw).all():
+            raw = numbers
+    return found.with_columns(raw.alias("raw_id")).sort("raw_id")
+
+
+def _item_vocabulary(log: RawLog, frame: pl.LazyFrame, rejects: Rejects) -> pl.DataFrame:
+    found = _vocabulary(frame, "item")
+    if not log.items_listed:
+        return found
+    assert log.items is not None
+    listed = log.items.select(pl.col("raw_id").alias("key"), "raw_id").sort("raw_id")
+    unknown = found.join(listed, on="key", how="anti")
+    if len(unknown):
+        rows = frame.join(unknown.lazy().select(pl.col("key").alias("item")), on="item", how="semi")
+        for row, item in rows.select("row", "item").collect(engine="streaming").sort("row").iter_rows():
+            file, line = log.table.locate(row)
+            rejects.add(file, line, f"item '{item}' is not in {log.items_name}", "")
+    return listed.join(found.select("key", "count"), on="key", how="left").with_columns(pl.col("count").fill_null(0))
+
+
+def _codes(vocabulary: pl.DataFrame, name: str) -> pl.LazyFrame:
+    code = pl.int_range(pl.len(), dtype=pl.Int32).alias(f"{name} code")
+    return vocabulary.lazy().select(pl.col("key").alias(name), code)
+
+
+def _to_numpy(raw: pl.Series) -> np.ndarray:
+    if raw.dtype != pl.String:
+        return raw.cast(pl.Int64).to_numpy()
+    return raw.to_numpy().astype(np.str_)
+
+
+# Events
+
+
+def _bucket_events(
+    frame: pl.LazyFrame, users: pl.DataFrame, items: pl.DataFrame, log: RawLog, writer: StoreWriter
+) -> tuple[Buckets, dict[str, str]]:
+    """Codes every column to numbers and sorts the rows into buckets of users.
+
+    Returns the buckets and, for each further column of them, its name in the store.
+    """
+    schema = frame.collect_schema()
+    extra: dict[str, str] = {}
+    dtypes: dict[str, type] = {"user": np.int32, "item": np.int32, "time": np.int64, "row": np.int64}
+    coded = frame.join(_codes(users, "user"), on="user", how="left").join(_codes(items, "item"), on="item", how="inner")
+    columns = [pl.col("user code").alias("user"), pl.col("item code").alias("item"), pl.col("time"), pl.col("row")]
+    for role, dtype in schema.items():
+        if role in ("user", "item", "time", "row", "bad"):
+            continue
+        name = role.partition(".")[2]
+        extra[role] = "actions" if role == "action" else f"columns/{name}"
+        if role.startswith("feature.") or (role == "action" and not dtype.is_numeric()):
+            values = _feature_values(frame, role)
+            writer.save(f"features/{name or 'action'}", _to_numpy(values))
+            codes = pl.LazyFrame({role: values, f"{role} code": pl.Series(range(1, len(values) + 1), dtype=pl.Int32)})
+            coded = coded.join(codes, on=role, how="left")
+            columns.append(pl.col(f"{role} code").fill_null(0).alias(role))
+            dtypes[role] = np.float32 if role == "action" else np.int32
+        else:
+            columns.append(pl.col(role).cast(pl.Float32))
+            dtypes[role] = np.float32
+    for name, values in log.row_columns.items():
+        extra[name] = f"columns/{name}"
+        dtypes[name] = values.dtype.type
+    buckets = Buckets(writer.work / "events", users["count"].to_numpy(), dtypes)
+    for batch in coded.select(columns).collect_batches(chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"):
+        events: Events = {n: batch[n].to_numpy() for n in batch.columns}
+        for name, values in log.row_columns.items():
+            events[name] = values[events["row"] - 1]
+        buckets.append(events)
+    return buckets, extra
+
+
+def _feature_values(frame: pl.LazyFrame, role: str) -> pl.Series:
+    found = frame.select(pl.col(role).drop_nulls().unique()).collect(engine="streaming")[role]
+    return found.sort()
+
+
+def _write_events(
+    buckets: Buckets,
+    extra: dict[str, str],
+    alive_users: np.ndarray,
+    alive_items: np.ndarray,
+    ids: np.ndarray,
+    stored: np.ndarray,
+    per_second: int,
+    config: DataConfig,
+    writer: StoreWriter,
+) -> None:
+    """Orders each bucket and appends it to the event columns. stored: [users] events of each user in the store."""
+    num_events = int(stored.sum())
+    with contextlib.ExitStack() as stack:
+        item_ids = stack.enter_context(writer.column("item_ids", np.int32, num_events))
+        timestamps = stack.enter_context(writer.column("timestamps", np.int64, num_events))
+        others = {
+            role: stack.enter_context(writer.column(name, buckets.dtypes[role], num_events))
+            for role, name in extra.items()
+        }
+        for b in range(len(buckets)):
+            events = buckets.read(b)
+            alive = np.flatnonzero(alive_users[events["user"]] & alive_items[events["item"]])
+            if len(alive) < len(events["user"]):
+                events = {name: column[alive] for name, column in events.items()}
+            keys = tie_keys(events["row"], config.protocol, config.protocol_seed)
+            order = sort_events(events["user"], events["time"], keys)
+            if config.max_events is not None:
+                order = _latest(order, events["user"][order], config.max_events)
+            item_ids.append(ids[events["item"][order]])
+            timestamps.append(events["time"][order] // per_second)
+            for role, column in others.items():
+                column.append(events[role][order])
+            buckets.remove(b)
+
+
+def _latest(order: np.ndarray, users: np.ndarray, limit: int) -> np.ndarray:
+    """The rows of ``order`` that are among the last ``limit`` of their user; ``users`` ascending."""
+    ends = np.searchsorted(users, users, side="right")
+    return order[ends - np.arange(len(users)) <= limit]
+
+
+# Items
+
+
+def _write_items(log: RawLog, items: pl.DataFrame, ids: np.ndarray, num_items: int, writer: StoreWriter) -> None:
+    first = np.full(num_items, -1, np.int64)  # item row of each id; the rare-item bucket belongs to none
+    members = np.flatnonzero(ids)
+    owners = np.bincount(ids[members], minlength=num_items + 1)
+    own = members[owners[ids[members]] == 1]
+    first[ids[own] - 1] = own
+    raw = _to_numpy(items["raw_id"])
+    rare: Any = -1 if raw.dtype.kind == "i" else RARE_ITEM
+    raw_ids = raw[np.maximum(first, 0)]
+    if (first < 0).any():
+        raw_ids = raw_ids.astype(np.result_type(raw_ids.dtype, np.array(rare).dtype))
+        raw_ids[first < 0] = rare
+    writer.save("items/raw_id", raw_ids)
+    if log.items is None:
+        return
+    keyed = log.items.with_columns(pl.col("raw_id").cast(pl.String))
+    rows = pl.DataFrame({"raw_id": pl.Series(raw_ids.tolist()).cast(pl.String)})
+    attributes = rows.join(keyed, on="raw_id", how="left", maintain_order="left")
+    for name in attributes.columns[1:]:
+        text = attributes[name].cast(pl.String).fill_null("")
+        if name == "title" and (first < 0).any():
+            text = text.scatter(np.flatnonzero(first < 0), RARE_ITEM)
+        writer.save(f"items/{name}", text.to_numpy().astype(np.str_))

@@ -1,0 +1,132 @@
+"""MovieLens in its three formats: 100K (tab, ``u.data``), 1M (``::``, ``ratings.dat``), 20M and later (CSV)."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from hstu.config import DataConfig
+from hstu.data.build import RawLog
+from hstu.data.fields import Field, TimeFormat
+from hstu.data.importers import find_in_folder
+from hstu.data.tables import Layout, Rejects, read_tables
+from hstu.errors import UserError
+
+ESTIMATED = "timestamp_estimated.npy"
+"""Optional flags beside the ratings: one bool per row, true where the timestamp is an estimate."""
+
+
+@dataclass(frozen=True)
+class Format:
+    ratings: str
+    movies: str
+    separator: str
+    header: bool
+    encoding: str
+    movies_separator: str
+
+
+FORMATS = {
+    "movielens-100k": Format("u.data", "u.item", "\t", False, "latin-1", "|"),
+    "movielens-dat": Format("ratings.dat", "movies.dat", "::", False, "latin-1", "::"),
+    "movielens-csv": Format("ratings.csv", "movies.csv", ",", True, "utf-8", ","),
+}
+COLUMNS = ("userId", "movieId", "rating", "timestamp")
+GENRES_100K = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+).split()
+
+
+def files(config: DataConfig, raw: list[Path]) -> list[Path]:
+    """Ratings, movies and, where it lies beside them, the flags of estimated timestamps."""
+    form = FORMATS[config.source]
+    found = []
+    for name in (form.ratings, form.movies):
+        path = find_in_folder(raw, name)
+        if path is None and found and (found[0].parent / name).is_file():
+            path = found[0].parent / name
+        if path is None:
+            raise UserError(f"no {name} in {raw[0]}: data={config.name} needs {form.ratings} and {form.movies} there")
+        found.append(path)
+    flags = found[0].parent / ESTIMATED
+    return [*found, flags] if flags.is_file() else found
+
+
+def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
+    form = FORMATS[config.source]
+    if form.header:
+        _check_header(paths[0], COLUMNS)
+    kinds = (("user", "int"), ("item", "int"), ("action", "float"), ("time", "time"))
+    fields = tuple(
+        Field(role, kind, name, i) for i, ((role, kind), name) in enumerate(zip(kinds, COLUMNS, strict=True))
+    )
+    layout = Layout("csv", fields, TimeFormat(), form.separator, len(COLUMNS), form.header, quote=form.header)
+    table = read_tables(paths[:1], [layout], work, rejects)
+    log = RawLog(table, _read_movies(paths[1], form, rejects), items_listed=True, items_name=paths[1].name)
+    if len(paths) > 2:
+        _add_flags(log, paths[2])
+    return log
+
+
+def _add_flags(log: RawLog, path: Path) -> None:
+    try:
+        flags = np.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend or remove it") from None
+    last_row = log.table.scan().select(pl.col("row").max()).collect().item()
+    if flags.ndim != 1 or len(flags) < last_row:
+        raise UserError(f"{path} has shape {flags.shape}, expected one flag for each of {last_row} ratings")
+    log.row_columns["timestamp_estimated"] = flags.astype(np.int32)
+    log.notes.append(f"{100 * flags.mean():.1f} % of the timestamps estimated")
+
+
+def _check_header(path: Path, names: tuple[str, ...]) -> None:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline().strip()
+    if tuple(header.split(",")) != names:
+        raise UserError(f"{path}, row 1: expected the header {','.join(names)}, got {header[:80]!r}")
+
+
+def _read_movies(path: Path, form: Format, rejects: Rejects) -> pl.DataFrame:
+    """raw_id, title, genres of every film, ascending by id."""
+    rows: dict[int, tuple[str, str]] = {}
+    with open(path, encoding=form.encoding, newline="") as file:
+        lines = csv.reader(file) if form.header else (line.rstrip("\r\n").split(form.movies_separator) for line in file)
+        try:
+            for number, cells in enumerate(lines, start=1):
+                if not cells or cells == [""] or (form.header and number == 1):
+                    continue
+                problem = _movie_problem(cells, form, rows)
+                if problem:
+                    rejects.add(path, number, problem, form.movies_separator.join(cells))
+                    continue
+                genres = cells[2]
+                if form.movies_separator == "|":
+                    genres = "|".join(g for g, flag in zip(GENRES_100K, cells[-19:], strict=True) if flag == "1")
+                rows[int(cells[0])] = (cells[1], genres)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: {error.reason}, expected {form.encoding} text: fetch the file again") from None
+    if not rows:
+        raise UserError(f"{path} lists no film: fetch the file again")
+    ids = sorted(rows)
+    return pl.DataFrame(
+        {
+            "raw_id": pl.Series(ids, dtype=pl.Int64),
+            "title": [rows[i][0] for i in ids],
+            "genres": [rows[i][1] for i in ids],
+        }
+    )
+
+
+def _movie_problem(cells: list[str], form: Format, rows: dict[int, tuple[str, str]]) -> str | None:
+    expected = 24 if form.movies_separator == "|" else 3
+    if len(cells) != expected:
+        return f"expected {expected} fields separated by {form.movies_separator!r}, got {len(cells)}"
+    if not cells[0].strip().isdigit():
+        return f"movieId '{cells[0]}' is not an integer"
+    return f"movieId '{cells[0]}' occurs twice" if int(cells[0]) in rows else None
