@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,52 @@ def conf_dir() -> Path:
     raise UserError(f"no conf folder in {package} or {package.parent}: install the project again")
 
 
+def register_schemas() -> None:
+    """Makes the dataclasses known to Hydra, so that overrides are checked and every field can be overridden.
+
+    A primary config starts its defaults with ``prepare_schema`` (``data`` alone) or ``schema`` (all sections but
+    ``model``, whose dataclass depends on ``model.name``).
+    """
+    from hydra.core.config_store import ConfigStore
+
+    from hstu import config
+
+    sections = {
+        "data": config.DataConfig,
+        "loss": config.LossConfig,
+        "optim": config.OptimConfig,
+        "run": config.RunConfig,
+        "eval": config.EvalConfig,
+        "kernels": config.KernelsConfig,
+        "published": config.PublishedConfig,
+    }
+    store = ConfigStore.instance()
+    store.store(name="prepare_schema", node={"data": config.DataConfig})
+    store.store(name="schema", node={"experiment": "synthetic", "seed": 0, "seeds": None, "variants": {}, **sections})
+
+
+def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") -> None:
+    """Composes ``conf/<folder>/<config_name>.yaml`` with the command line and calls ``task`` with the result.
+
+    An exception of the task comes out as it is, without Hydra's own report.
+    """
+    import hydra
+
+    register_schemas()
+    failures: list[Exception] = []
+
+    @hydra.main(version_base=None, config_path=str(conf_dir() / folder), config_name=config_name)
+    def job(cfg: Any) -> None:
+        try:
+            task(cfg)
+        except Exception as error:
+            failures.append(error)
+
+    job()
+    if failures:
+        raise failures[0]
+
+
 def command(main: Callable[..., Any]) -> Callable[..., int]:
     """Decorates a command's ``main``: a foreseeable failure is one ``error: ...`` line and exit status 1.
 
@@ -37,6 +86,9 @@ def command(main: Callable[..., Any]) -> Callable[..., int]:
             result = main(*args, **kwargs)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
+        except BrokenPipeError:  # the reader of our output, such as head, is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             line = _one_line(error)
             if line is None:
@@ -74,8 +126,19 @@ def _hydra_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name}: no such choice; {group} is one of {', '.join(sorted(error.options))}"
-    cause = error.__cause__
-    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-    if cause is not None and str(cause):
-        lines.append(str(cause).splitlines()[0].strip())
-    return " ".join(lines[:3])
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    parts = [str(cause).strip().splitlines()[0].strip() for cause in causes if str(cause).strip()]
+    return _with_near_key(" ".join(dict.fromkeys(parts)))
+
+
+def _with_near_key(line: str) -> str:
+    """Adds the nearest field to OmegaConf's ``Key 'x' not in 'SomeConfig'``."""
+    from hstu import config
+
+    found = re.search(r"Key '(\w+)' (?:is )?not in '(\w+)'", line)
+    cls = getattr(config, found.group(2), None) if found else None
+    if found is None or not dataclasses.is_dataclass(cls):
+        return line
+    names = [f.name for f in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(found.group(1), names, n=1)
+    return f"{line}; did you mean {near[0]}?" if near else f"{line}; it has {', '.join(sorted(names))}"

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hstu.cli import command, conf_dir
+from hstu.cli import command, run_hydra
 from hstu.config import DataConfig, build
 from hstu.data.store import SCHEMA_VERSION, SequenceStore, new_store
 from hstu.errors import UserError
@@ -35,6 +35,8 @@ def prepare(config: DataConfig, quiet: bool = False) -> SequenceStore:
             write_synthetic_store(config, path)
         return SequenceStore.open(path)
 
+    if config.source == "amazon-2014" and config.category is None:
+        raise UserError("data.category is not set: give the category as in ratings_CATEGORY.csv, e.g. Books")
     from hstu.data.sources import fetch_raw, local_raw
 
     raw = local_raw(config)
@@ -112,7 +114,14 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
                 "split": {"kind": config.split, "time": config.split_time},
                 "filters": {
                     name: getattr(config, name)
-                    for name in ("min_user_events", "min_item_events", "filter_mode", "dedup", "max_events", "max_items")
+                    for name in (
+                        "min_user_events",
+                        "min_item_events",
+                        "filter_mode",
+                        "dedup",
+                        "max_events",
+                        "max_items",
+                    )
                 },
                 "rows_read": log.table.num_rows + rejects.count,
                 "rejects": rejects.reasons,
@@ -176,26 +185,27 @@ def print_summary(store: SequenceStore, seconds: float) -> None:
         console.print(f"removed by {what}: {number:,} events")
     rejects = meta.get("rejects", {})
     if rejects:
-        console.print(f"rejected rows: {sum(rejects.values()):,}, listed in {store.path / 'rejects.csv'}", style="yellow")
+        console.print(
+            f"rejected rows: {sum(rejects.values()):,}, listed in {store.path / 'rejects.csv'}", style="yellow"
+        )
         for reason, number in sorted(rejects.items(), key=lambda pair: -pair[1]):
             console.print(f"  {number:,} x {reason}")
     console.print(f"split hash {meta['split_hash']}   {seconds:.1f} s   {store.path}")
 
 
+def _task(cfg: Any) -> None:
+    from omegaconf import OmegaConf
+
+    started = time.perf_counter()
+    values = OmegaConf.to_container(cfg.data, resolve=True)
+    store = prepare(build(DataConfig, values, "data."))  # type: ignore[arg-type]
+    print_summary(store, time.perf_counter() - started)
+
+
 @command
 def main() -> None:
     """Console script hstu-prepare."""
-    import hydra
-    from omegaconf import DictConfig, OmegaConf
-
-    @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="prepare")
-    def run(cfg: DictConfig) -> None:
-        started = time.perf_counter()
-        values = OmegaConf.to_container(cfg.data, resolve=True)
-        store = prepare(build(DataConfig, values, "data."))  # type: ignore[arg-type]
-        print_summary(store, time.perf_counter() - started)
-
-    run()
+    run_hydra(_task, "prepare")
 
 
 if __name__ == "__main__":

@@ -163,7 +163,9 @@ def _bucket_events(
         extra[name] = f"columns/{name}"
         dtypes[name] = values.dtype.type
     buckets = Buckets(writer.work / "events", users["count"].to_numpy(), dtypes)
-    for batch in coded.select(columns).collect_batches(chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"):
+    for batch in coded.select(columns).collect_batches(
+        chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"
+    ):
         events: Events = {n: batch[n].to_numpy() for n in batch.columns}
         for name, values in log.row_columns.items():
             events[name] = values[events["row"] - 1]

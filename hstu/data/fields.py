@@ -23,7 +23,8 @@ class Field:
     """One field of a row.
 
     role: name of the output column: user, item, time, action, ``value.NAME`` or ``feature.NAME``.
-    kind: int (integer id), id (integer or string id), time, float, feature, or blank (must be empty).
+    kind: int (integer id), id (integer or string id), time, float, name (of an event, must not be empty), feature
+    (may be empty), or blank (must be empty).
     column: its name as the user knows it. position: 0-based place in a row of text.
     """
 
@@ -67,12 +68,16 @@ def read_field(field: Field, dtype: pl.DataType, time: TimeFormat) -> tuple[pl.E
         value, checks = _read_time(field, raw, dtype, time)
         return value, [absent, *checks]
     if field.kind == "float":
+        if not (dtype == pl.String or dtype == pl.Boolean or dtype.is_numeric()):
+            raise UserError(f"column {field.column!r} has type {dtype}: expected numbers")
         value = raw.cast(pl.Float32, strict=False)
         return value, [
             absent,
             (value.is_null(), _quote(f"{field.column} {{}} is not a number", raw)),
             (~value.is_finite(), _quote(f"{field.column} {{}} is not finite", raw)),
         ]
+    if field.kind == "name":
+        return raw.cast(pl.String), [absent]
     if field.kind == "feature":
         return (pl.when(raw != "").then(raw) if dtype == pl.String else raw), []
     return _read_id(field, raw, dtype, absent)
@@ -99,9 +104,7 @@ def _read_id(field: Field, raw: pl.Expr, dtype: pl.DataType, absent: Check) -> t
     raise UserError(f"column {field.column!r} has type {dtype}: an id is an integer or a string")
 
 
-def _read_time(
-    field: Field, raw: pl.Expr, dtype: pl.DataType, time: TimeFormat
-) -> tuple[pl.Expr, list[Check]]:
+def _read_time(field: Field, raw: pl.Expr, dtype: pl.DataType, time: TimeFormat) -> tuple[pl.Expr, list[Check]]:
     name = field.column
     if dtype.is_temporal():
         if dtype == pl.Time or dtype == pl.Duration:

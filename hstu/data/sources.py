@@ -137,8 +137,8 @@ def download(url: str, target: Path, config: DataConfig, quiet: bool = False) ->
 def _download_part(url: str, partial: Path, target: Path, config: DataConfig, quiet: bool) -> None:
     import requests
 
-    shared = f"unpack it into ${DATA_DIR_VARIABLE}/{config.name}"
-    advice = f"fetch {url} on a machine with a network and put it at {target}, or {shared}, or give data.raw=PATH"
+    shared = f"its unpacked files into ${DATA_DIR_VARIABLE}/{config.name}"
+    advice = f"fetch {url} elsewhere and put it at {target}, or put {shared}, or give data.raw=PATH"
     have = partial.stat().st_size if partial.exists() else 0
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"} if have else {"Accept-Encoding": "identity"}
     try:
