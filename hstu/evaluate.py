@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hstu import baselines, metrics, report
-from hstu.cli import command
+from hstu.cli import command, run_hydra
 from hstu.data.splits import Split, Targets, make_split
 from hstu.errors import UserError
 
@@ -273,6 +273,15 @@ def show(evaluation: Evaluation, config: Config, store: SequenceStore, part: str
     console.print("; ".join(notes))
 
 
+def plain_options(cfg: Any) -> dict[str, Any]:
+    """A command's composed options as plain values; a required one that is missing raises."""
+    from omegaconf import OmegaConf
+
+    options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(options, dict)
+    return {str(name): value for name, value in options.items()}
+
+
 def run_device(name: str) -> torch.device:
     """``auto`` takes CUDA where it is; ``cuda`` without one raises UserError."""
     if name not in ("auto", "cpu", "cuda"):
@@ -307,10 +316,11 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation:
     return evaluation
 
 
-def main() -> int:
-    """Entry point of ``hstu-evaluate``."""
-    return command("evaluate", __doc__, evaluate_run)
+@command
+def main() -> None:
+    """Console script hstu-evaluate."""
+    run_hydra(lambda cfg: evaluate_run(plain_options(cfg)), "evaluate", folder="commands")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

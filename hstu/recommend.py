@@ -33,9 +33,9 @@ import numpy as np
 import torch
 
 from hstu.baselines import expand
-from hstu.cli import command
+from hstu.cli import command, run_hydra
 from hstu.errors import UserError
-from hstu.evaluate import run_device
+from hstu.evaluate import plain_options, run_device
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -446,10 +446,11 @@ def recommend_run(options: dict[str, Any]) -> None:
     ).show()
 
 
-def main() -> int:
-    """Entry point of ``hstu-recommend``."""
-    return command("recommend", __doc__, recommend_run)
+@command
+def main() -> None:
+    """Console script hstu-recommend."""
+    run_hydra(lambda cfg: recommend_run(plain_options(cfg)), "recommend", folder="commands")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
