@@ -353,6 +353,8 @@ class Config:
     seed: int = 0
     seeds: list[int] | None = None
     """Several seeds in one command: mean and standard deviation are reported."""
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    """Name -> overrides such as ``model.bias.time=false``: trained too, shown beside the experiment."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=HSTUConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -400,7 +402,9 @@ def from_dict(values: dict[str, Any]) -> Config:
     _check(isinstance(seed, int) and seed >= 0, "seed", seed, "an integer >= 0")
     ok = seeds is None or (len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds))
     _check(ok, "seeds", seeds, "null or a list of integers >= 0")
-    return Config(experiment=str(values.get("experiment", "synthetic")), seed=seed, seeds=seeds, **parts)
+    variants = {str(k): list(v) for k, v in (values.get("variants") or {}).items()}
+    experiment = str(values.get("experiment", "synthetic"))
+    return Config(experiment=experiment, seed=seed, seeds=seeds, variants=variants, **parts)
 
 
 def from_dictconfig(cfg: Any) -> Config:

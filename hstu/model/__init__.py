@@ -1,0 +1,1 @@
+"""Encoders over jagged batches, the retrieval model around them, and the losses."""

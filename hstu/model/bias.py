@@ -1,0 +1,28 @@
+"""Tables of the relative attention bias.
+
+Legend: H heads, N padded length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hstu.config import BiasConfig
+
+INIT_STD = 0.02
+"""Of both tables (reference code)."""
+
+
+class RelativeBias(nn.Module):
+    """Position table [H or 1, 2N-1] and time table [H or 1, buckets] of one layer; either may be absent (None)."""
+
+    def __init__(self, config: BiasConfig, num_heads: int, padded_len: int) -> None:
+        super().__init__()
+        tables = num_heads if config.per_head else 1
+        self.position: Tensor | None = None
+        self.time: Tensor | None = None
+        if config.position:
+            self.position = nn.Parameter(torch.randn(tables, 2 * padded_len - 1) * INIT_STD)
+        if config.time:
+            self.time = nn.Parameter(torch.randn(tables, config.num_buckets) * INIT_STD)

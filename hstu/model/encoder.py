@@ -1,0 +1,91 @@
+"""The encoder interface over jagged batches, its shared input stage, and HSTU.
+
+Legend: B users, L total events, N padded length, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hstu.config import HSTUConfig, ModelConfig
+from hstu.data.batches import Batch
+from hstu.model.layer import HSTULayer
+from hstu.seeding import derive
+from kernels._dropout import seeded_dropout
+from kernels.attention import AttentionPlan, bucket_thresholds, make_plan
+
+
+class Encoder(nn.Module):
+    """What every encoder is: a plan from the batch alone, and a map from item embeddings to outputs."""
+
+    def plan(self, batch: Batch) -> AttentionPlan:
+        """Layout shared by all layers. Needs no parameters, so a loader thread can make it ahead of time."""
+        return make_plan(batch.offsets, batch.max_len)
+
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
+        """events: [L, D] item embeddings; seed: of all dropout, None in evaluation. Returns [L, D]."""
+        raise NotImplementedError
+
+
+def layer_seed(seed: int | None, index: int) -> int | None:
+    """Dropout seed of one place in the model."""
+    return None if seed is None else derive(seed, index)
+
+
+def positions_of(offsets: Tensor, num_events: int) -> Tensor:
+    """[L] int64: index of each event within its user's part of the batch, 0 for the oldest."""
+    start = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=num_events)
+    return torch.arange(num_events, device=offsets.device) - start
+
+
+class InputStage(nn.Module):
+    """``Dropout(sqrt(D) E[item] + P[position])`` (PROTOCOL section 3); P is [N, D]."""
+
+    def __init__(self, initial_positions: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.position = nn.Parameter(initial_positions)
+        self.dropout = dropout
+
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
+        position = positions_of(plan.offsets, events.shape[0])
+        rows = torch.nn.functional.embedding(position, self.position)
+        return seeded_dropout(torch.add(rows, events, alpha=math.sqrt(events.shape[1])), self.dropout, seed)
+
+
+class HSTUEncoder(Encoder):
+    """Hierarchical sequential transduction unit layers (Zhai et al. 2024); no norm after the last one."""
+
+    thresholds: Tensor | None
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        padded_len = config.max_len + config.extra_slots
+        self.request_time = config.bias.request_time
+        self.input = InputStage(nn.init.xavier_normal_(torch.empty(padded_len, config.dim)), config.dropout)
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_blocks))
+        thresholds = bucket_thresholds(config.bias.num_buckets, config.bias.bucket_width) if config.bias.time else None
+        self.register_buffer("thresholds", thresholds, persistent=False)
+
+    def plan(self, batch: Batch) -> AttentionPlan:
+        if self.thresholds is None:
+            return make_plan(batch.offsets, batch.max_len)
+        query_time = batch.request_times if self.request_time else batch.timestamps
+        return make_plan(batch.offsets, batch.max_len, query_time, batch.timestamps, self.thresholds)
+
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
+        x = self.input(events, plan, layer_seed(seed, 0))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, plan, layer_seed(seed, index + 1))
+        return x
+
+
+def make_encoder(config: ModelConfig) -> Encoder:
+    """The encoder that ``config.name`` names."""
+    from hstu.model.sasrec import SASRecEncoder
+    from hstu.model.transformer import TransformerEncoder
+
+    encoders: dict[str, type] = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
+    return encoders[config.name](config)  # type: ignore[no-any-return]

@@ -1,0 +1,59 @@
+"""The retrieval model: item table, encoder, loss.
+
+Legend: B users, L total events, D model width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hstu.config import LossConfig, ModelConfig
+from hstu.data.batches import Batch
+from hstu.embedding import NORM_EPS, LocalItemTable
+from hstu.model.encoder import make_encoder
+from hstu.model.losses import make_loss
+from hstu.seeding import derive
+from kernels.attention import AttentionPlan
+
+DROPOUT_SEED, NEGATIVES_SEED = 1, 2
+"""Purpose numbers of a step's seeds."""
+
+
+class RetrievalModel(nn.Module):
+    """Predicts the next item at every event: encoder output against item embeddings, by dot product.
+
+    Args:
+        config: the encoder's config.
+        num_items: vocabulary size; ids are 1..num_items.
+        loss: the loss's config; None where only inference is wanted.
+    """
+
+    def __init__(self, config: ModelConfig, num_items: int, loss: LossConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.table = LocalItemTable(num_items, config.dim, l2_normalize=config.l2_normalize)
+        self.encoder = make_encoder(config)
+        self.loss_fn = make_loss(loss) if loss is not None else None
+
+    def encode(self, batch: Batch, plan: AttentionPlan | None = None, seed: int | None = None) -> Tensor:
+        """Outputs [L, D] at every event, L2-normalised where the config says so; seed: of the dropout."""
+        plan = plan or self.encoder.plan(batch)
+        x = self.encoder(self.table.lookup(batch.item_ids), plan, seed)
+        if self.config.l2_normalize:
+            x = nn.functional.normalize(x, dim=-1, eps=NORM_EPS)
+        return x
+
+    def last(self, batch: Batch) -> Tensor:
+        """Outputs [B, D] at each user's last event, without dropout. No user may be empty."""
+        return self.encode(batch).index_select(0, batch.offsets[1:] - 1)
+
+    def loss(self, batch: Batch, seed: int, plan: AttentionPlan | None = None) -> Tensor:
+        """Training loss, a scalar; a function of the parameters, the batch and ``seed``."""
+        assert self.loss_fn is not None
+        queries = self.encode(batch, plan, derive(seed, DROPOUT_SEED))
+        return self.loss_fn(queries, batch.labels, batch.weights, self.table, derive(seed, NEGATIVES_SEED))  # type: ignore[no-any-return]
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters: ``total``, and ``without_embeddings`` (everything but the item table)."""
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total, "without_embeddings": total - sum(p.numel() for p in self.table.parameters())}

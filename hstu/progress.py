@@ -1,0 +1,76 @@
+"""What a person sees while training: a live bar, one line per evaluation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from hstu.config import Config
+    from hstu.data.batches import TrainBatches
+    from hstu.data.store import SequenceStore
+
+
+class Display:
+    """A live progress bar on a terminal; plain lines where the output is a file."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.console = Console()
+        self._live = enabled and self.console.is_terminal
+        self._bar: Progress | None = None
+        self._task = None
+
+    def start_run(self, config: Config, store: SequenceStore, data: TrainBatches, parameters: dict[str, int],
+                  device: torch.device, folder: Path, global_step: int) -> None:  # fmt: skip
+        model, run = config.model, config.run
+        size = f"{run.batch_tokens:,} events" if run.batch_tokens else f"{run.batch_users} users"
+        skipped = f", {data.num_skipped:,} with fewer than two training events left out" if data.num_skipped else ""
+        name = str(store.meta.get("name", config.data.name))
+        self.console.print(
+            f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters "
+            f"({parameters['without_embeddings']:,} without embeddings), {config.loss.name}, {device}, seed {config.seed}\n"
+            f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches of {size} "
+            f"an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}\n"
+            f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
+            highlight=False,
+        )
+
+    def start_epoch(self, epoch: int, num_epochs: int, num_steps: int, step: int) -> None:
+        if not self._live:
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[rate]} events/s"),
+                TimeRemainingColumn(elapsed_when_finished=True), TextColumn("to the end"),
+                console=self.console, transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "", total=num_epochs * num_steps, completed=epoch * num_steps + step, epoch="", loss="-", rate="-"
+            )
+        self._bar.update(self._task, completed=epoch * num_steps + step, epoch=f"{epoch + 1}/{num_epochs}")
+
+    def step(self, loss: float, events_per_s: float) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", rate=f"{events_per_s:,.0f}")
+
+    def validation(
+        self, epoch: int, loss: float, part: str, values: dict[str, float], selected: str, improved: bool
+    ) -> None:
+        shown = [n for n in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if n in values]
+        if selected not in shown:
+            shown.insert(0, selected)
+        numbers = "  ".join(f"{n} {values[n]:.4f}" for n in shown if not math.isnan(values[n]))
+        star = "  best so far" if improved else ""
+        self.console.print(f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}", highlight=False)
+
+    def end_run(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

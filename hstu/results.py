@@ -1,0 +1,152 @@
+"""After training: the best checkpoint on test, the record of each run, and the table of all variants and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hstu import checkpoint, metrics, report
+from hstu.config import Config, from_dict
+from hstu.errors import UserError
+from hstu.evaluate import ALL_USERS, assess, evaluate, evaluation_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hstu.train import Progress, Trainer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training of a command: a variant of the experiment and a seed."""
+
+    variant: str
+    """Name shown in the table; the model's name for the experiment itself."""
+    config: Config
+    folder: Path | None = None
+
+
+def expand_runs(options: dict[str, Any]) -> list[Planned]:
+    """All trainings that the composed ``options`` ask for: the experiment and its variants, each for every seed."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    base = from_dict(options)
+    seeds = base.seeds or [base.seed]
+    settings: dict[str, dict[str, Any]] = {base.model.name: options}
+    for name, overrides in base.variants.items():
+        try:
+            changed = OmegaConf.create(options)
+            OmegaConf.set_struct(changed, True)
+            changed.merge_with_dotlist(list(overrides))
+        except (OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"variants: {name}: {str(error).splitlines()[0]}") from None
+        settings[name] = OmegaConf.to_container(changed)  # type: ignore[assignment]
+    planned = []
+    for variant, values in settings.items():
+        for seed in seeds:
+            config = dataclasses.replace(from_dict(values), seed=seed, seeds=None, variants={})
+            if variant != base.model.name:
+                slug = "".join(c if c.isalnum() else "-" for c in variant)
+                config = dataclasses.replace(config, experiment=f"{config.experiment}-{slug}")
+            if config.run.dir is not None and len(seeds) * len(settings) > 1:
+                part = Path(config.run.dir) / f"{config.experiment.replace('/', '-')}-seed{seed}"
+                config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(part)))
+            planned.append(Planned(variant, config))
+    return planned
+
+
+def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
+    """Evaluates the best checkpoint on test and writes ``evaluation.json`` and ``result.json``."""
+    folder, config, store = trainer.folder, trainer.config, trainer.store
+    if (folder / "result.json").exists() and (folder / "evaluation.json").exists():
+        done = report.read_json(folder / "result.json", "delete it to evaluate again")
+        if done.get("epochs") == progress.epoch:
+            return
+    best = checkpoint.load(trainer.checkpoints / checkpoint.BEST, trainer.device)
+    trainer.model.load_state_dict(best["model"])
+    result = evaluate(trainer.model, store, trainer.split.test, config, trainer.device)
+    evaluation = assess(config, store, trainer.split, result)
+    report.write_json(folder / "evaluation.json", evaluation_json(config, store, evaluation, "test", "best"))
+    timing = {
+        "train_s": progress.seconds,
+        "eval_s": progress.eval_seconds,
+        "steps": progress.global_step,
+        "s_per_step": progress.seconds / max(1, progress.global_step),
+        "events_per_s": progress.num_events / max(1e-9, progress.seconds),
+    }
+    report.write_json(
+        folder / "result.json",
+        {
+            "experiment": config.experiment,
+            "seed": config.seed,
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "selected_by": f"{config.run.select_metric} on {'test' if trainer.split.validation is None else 'validation'}",
+            "select_metric_value": progress.best,
+            "test": metrics.summarize(result.ranks, config.eval.ks),
+            "num_users": len(result),
+            "parameters": trainer.model.num_parameters(),
+            "timing": timing,
+        },
+    )
+
+
+def show_results(runs: list[Planned], console: Console) -> None:
+    """Prints one table per group of users: variants (mean and deviation over seeds), baselines, published row."""
+    first = runs[0]
+    assert first.folder is not None
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        assert run.folder is not None
+        read = report.read_json(run.folder / "evaluation.json", "train again")
+        evaluations.setdefault(run.variant, []).append(read)
+    main = evaluations[first.variant]
+    names = metrics.metric_names(first.config.eval.ks)
+    model = first.config.model.name
+    for group in dict.fromkeys(row["group"] for row in main[0]["rows"]):
+        columns = dict(_baseline_columns(main[0], model, group, oracle=False))
+        for variant, entries in evaluations.items():
+            columns[variant] = _over_seeds(entries, entries[0]["model"], group, names)
+        columns |= _baseline_columns(main[0], model, group, oracle=True)
+        published = first.config.published
+        if published.metrics and published.protocol == main[0]["protocol"]:
+            columns[f"published\n({published.source})"] = dict(published.metrics)
+        users = next(r["count"] for r in main[0]["rows"] if r["group"] == group)
+        title = f"{main[0]['dataset']}, protocol {main[0]['protocol']}, test, {users:,} users"
+        console.print(report.metrics_table(title + ("" if group == ALL_USERS else f" ({group})"), columns, names))
+    _print_notes(runs, main[0], console)
+
+
+def _baseline_columns(evaluation: dict[str, Any], model: str, group: str, oracle: bool) -> dict[str, dict[str, float]]:
+    rows = [r for r in evaluation["rows"] if r["group"] == group and r["system"] != model]
+    return {r["system"]: r["metrics"] for r in rows if r["system"].startswith("oracle") == oracle}
+
+
+def _over_seeds(entries: list[dict[str, Any]], model: str, group: str, names: list[str]) -> dict[str, float | str]:
+    rows = [next(r for r in e["rows"] if r["system"] == model and r["group"] == group) for e in entries]
+    values = report.aggregate([r["metrics"] for r in rows])
+    if len(rows) == 1:
+        return {n: values[n]["mean"] for n in names}
+    return {n: f"{values[n]['mean']:.4f} ± {values[n]['std']:.4f}" for n in names}
+
+
+def _print_notes(runs: list[Planned], evaluation: dict[str, Any], console: Console) -> None:
+    for run in runs:
+        assert run.folder is not None
+        result = report.read_json(run.folder / "result.json", "train again")
+        timing = result["timing"]
+        console.print(
+            f"{run.variant}, seed {run.config.seed}: best epoch {result['best_epoch']} of {result['epochs']} by "
+            f"{result['selected_by']}; {timing['train_s']:.0f} s training, {timing['s_per_step'] * 1e3:.0f} ms a step; "
+            f"{run.folder}",
+            highlight=False,
+        )
+    if runs[0].config.run.selection == "reference":
+        console.print("run.selection=reference: the best epoch was chosen on test, as the published numbers were.")
+    if runs[0].config.published.metrics and runs[0].config.published.protocol != evaluation["protocol"]:
+        console.print(f"The published row is for protocol {runs[0].config.published.protocol}: not comparable, not shown.")
+
+

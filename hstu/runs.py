@@ -1,0 +1,126 @@
+"""The run folder: where it is, what describes the run in it, and how a run is loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hstu import checkpoint, report
+from hstu.config import Config, from_dict, to_dict
+from hstu.data.store import SequenceStore
+from hstu.errors import UserError
+from hstu.model.retrieval import RetrievalModel
+
+FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "keep_last", "threads",
+                  "save_every_steps", "save_every_minutes", "save_every_epochs"}  # fmt: skip
+"""Fields of ``run`` that may differ between a run and its continuation."""
+
+
+def run_folder(config: Config) -> Path:
+    """``run.dir``, or a new ``runs/<experiment>/<UTC time>-seed<seed>``."""
+    if config.run.dir is not None:
+        return Path(config.run.dir).expanduser()
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs") / config.experiment / f"{stamp}-seed{config.seed}"
+    count = 1
+    while folder.exists():
+        count += 1
+        folder = folder.with_name(f"{stamp}-seed{config.seed}-{count}")
+    return folder
+
+
+def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str, Any]) -> None:
+    """Writes ``config.yaml`` and ``environment.json``, or checks that they are those of the run being resumed.
+
+    Raises UserError where the folder holds a run of another config or of another split.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment_path = folder / "environment.json"
+    if (folder / "config.yaml").exists():
+        check_same(read_config(folder), config, folder)
+        if environment_path.exists():
+            old = report.read_json(environment_path, "delete the run folder").get("split_hash")
+            if old != store.meta.get("split_hash"):
+                raise UserError(
+                    f"{folder} was trained on split {old}, the store {store.path} holds {store.meta.get('split_hash')}: "
+                    "take another run.dir"
+                )
+    environment = {
+        "versions": report.versions(),
+        "machine": report.machine(),
+        "commit": report.commit(),
+        "threads": torch.get_num_threads(),
+        "split_hash": store.meta.get("split_hash"),
+        "store": str(store.path.resolve()),
+        **extra,
+    }
+    report.write_json(environment_path, environment)
+    partial = folder / ".config.yaml.partial"
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    partial.replace(folder / "config.yaml")
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        near = sorted(p.parent for p in folder.glob("**/config.yaml"))[:3] if folder.is_dir() else []
+        hint = "did you mean " + " or ".join(map(str, near)) if near else "expected a folder written by hstu-train"
+        raise UserError(f"run={folder}: no config.yaml there; {hint}")
+    return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def check_same(old: Config, new: Config, folder: Path) -> None:
+    """Raises UserError naming the first field that a resumed run may not change."""
+    old_values, new_values = to_dict(old), to_dict(new)
+    for group in ("seed", "data", "model", "loss", "optim", "run", "eval"):
+        pairs = [(group, old_values[group], new_values[group])]
+        if dataclasses.is_dataclass(getattr(new, group)):
+            keys = sorted(set(old_values[group]) | set(new_values[group]))
+            pairs = [(f"{group}.{k}", old_values[group].get(k), new_values[group].get(k)) for k in keys]
+        for name, a, b in pairs:
+            if a != b and not (group == "run" and name[4:] in FREE_ON_RESUME):
+                raise UserError(f"{folder} holds a run with {name}={a!r}, now {b!r}: take another run.dir to start anew")
+
+
+def open_store(config: Config) -> SequenceStore:
+    """The prepared store of the config's data; prepares it where it is missing."""
+    from hstu.prepare import prepare
+
+    return prepare(config.data)
+
+
+def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceStore, RetrievalModel]:
+    """Config, store and trained model (on the CPU, in evaluation mode) of a run folder.
+
+    Args:
+        folder: run folder.
+        which: ``best`` (by validation, or by test with run.selection=reference) or ``last``.
+
+    Raises:
+        UserError: no run there, no checkpoint yet, or a store that is gone.
+    """
+    folder = Path(folder).expanduser()
+    if which not in ("best", "last"):
+        raise UserError(f"which={which}: expected best or last")
+    config = read_config(folder)
+    environment = report.read_json(folder / "environment.json", f"train {folder} first")
+    stored = Path(str(environment.get("store", "")))
+    store = SequenceStore.open(stored) if (stored / "meta.json").exists() else open_store(config)
+    if store.meta.get("split_hash") != environment.get("split_hash"):
+        raise UserError(
+            f"{folder} was trained on split {environment.get('split_hash')}, {store.path} holds "
+            f"{store.meta.get('split_hash')}: prepare the data as it was"
+        )
+    checkpoints = folder / "checkpoints"
+    state = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
+    if state is None:
+        raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
+    model = RetrievalModel(config.model, store.num_items, config.loss)
+    model.load_state_dict(state["model"])
+    return config, store, model.eval()

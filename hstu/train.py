@@ -1,0 +1,362 @@
+"""Training, and the command ``hstu-train``.
+
+    hstu-train experiment=ml-1m/hstu [optim.lr=3e-4] [seed=1] [seeds=[0,1,2]] [run.dir=FOLDER]
+
+Trains an experiment of conf/experiment, evaluates it and prints the result beside the baselines and the
+published row. Repeating the command with the same run.dir resumes. Sweeps: add -m, as in
+``hstu-train -m optim.lr=1e-3,3e-4``. ``hstu-train --cfg job`` prints the composed config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hstu import checkpoint, metrics, report
+from hstu.allocator import keep_freed_memory
+from hstu.cli import command, run_hydra
+from hstu.config import Config, to_dict
+from hstu.data.batches import Batch, EventColumns, Prefetcher, TrainBatches
+from hstu.data.splits import make_split
+from hstu.errors import UserError
+from hstu.evaluate import evaluate, run_device
+from hstu.loggers import MetricsFile, make_loggers
+from hstu.model.retrieval import RetrievalModel
+from hstu.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
+from hstu.progress import Display
+from hstu.runs import describe, load_run, open_store, run_folder
+from hstu.seeding import derive, seed_everything
+from kernels._backend import set_backend
+from kernels.attention import AttentionPlan
+
+if TYPE_CHECKING:
+    from hstu.data.store import SequenceStore
+
+__all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
+
+INIT_SEED, STEP_SEED = 11, 12
+"""Purpose numbers of the seeds of the initial weights and of each step."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it has saved."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; saved. Resume with run.dir={folder}")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Progress:
+    """Where a run is. All of it is in every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    """Next optimizer step of the epoch."""
+    global_step: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    evals_since_best: int = 0
+    finished: bool = False
+    seconds: float = 0.0
+    """Training time, evaluation and saving excluded."""
+    eval_seconds: float = 0.0
+    num_events: int = 0
+    loss_sum: float = 0.0
+    """Over the epoch so far, weighted by events."""
+    loss_events: int = 0
+    metrics_size: int = 0
+    """Bytes of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one optimizer step consumes: micro-batches and their attention plans."""
+
+    batches: list[tuple[Batch, AttentionPlan]]
+
+    @property
+    def num_events(self) -> int:
+        return sum(b.num_events for b, _ in self.batches)
+
+
+class Trainer:
+    """One run: one config, one seed, one folder."""
+
+    def __init__(self, config: Config, store: SequenceStore, folder: Path, display: Display) -> None:
+        self.config, self.store, self.folder, self.display = config, store, folder, display
+        self.device = run_device(config.run.device)
+        if config.run.precision == "bfloat16" and self.device.type != "cuda":
+            raise UserError("run.precision=bfloat16: expected a CUDA device; use float32 on the CPU")
+        self._set_up_torch()
+        self.split = make_split(store, config.run.selection)
+        self.targets = self.split.validation or self.split.test
+        columns = EventColumns(store, self.device, config.loss.event_weights)
+        run = config.run
+        self.data = TrainBatches(
+            columns, store, self.split, config.model.max_len, config.seed, run.batch_users, run.batch_tokens
+        )
+        seed_everything(derive(config.seed, INIT_SEED))
+        self.model = RetrievalModel(config.model, store.num_items, config.loss).to(self.device)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.progress = Progress()
+        self.checkpoints = folder / "checkpoints"
+        self.stop_signal: int | None = None
+        self._last_save = time.monotonic()
+        parameters = self.model.num_parameters()
+        describe(folder, config, store, {"parameters": parameters, "device": str(self.device)})
+        self._restore()
+        self.metrics_file = MetricsFile(folder / "metrics.jsonl", self.progress.metrics_size)
+        self.loggers = make_loggers(run.loggers, folder, to_dict(config), self.progress.global_step)
+        display.start_run(config, store, self.data, parameters, self.device, folder, self.progress.global_step)
+
+    def _set_up_torch(self) -> None:
+        run = self.config.run
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        set_backend(self.config.kernels.backend)
+        torch.backends.cuda.matmul.allow_tf32 = run.tf32
+        torch.backends.cudnn.allow_tf32 = run.tf32
+        if self.device.type == "cuda" and run.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    # State
+
+    def _state(self) -> dict[str, Any]:
+        self.progress.metrics_size = self.metrics_file.size()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "rng": rng,
+        }
+
+    def _save(self) -> None:
+        checkpoint.save(self.checkpoints, self._state(), self.progress.global_step, self.config.run.keep_last)
+        self._last_save = time.monotonic()
+
+    def _restore(self) -> None:
+        state = checkpoint.load_last(self.checkpoints, self.device)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+        stopped = self.progress.finished and not self._stopped_early()
+        if stopped and self.progress.epoch < self.config.run.epochs:
+            self.progress.finished = False  # run.epochs was raised
+
+    # The loop
+
+    def run(self) -> Progress:
+        """Trains to the end. Raises Interrupted after a signal, UserError on a non-finite value or a full disk."""
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while not self.progress.finished:
+                self._epoch()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.metrics_file.close()
+            for logger in self.loggers:
+                logger.close()
+            self.display.end_run()
+        return self.progress
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.stop_signal = number
+
+    def _num_steps(self, epoch: int) -> int:
+        return -(-self.data.num_steps(epoch) // self.config.optim.accumulate_steps)
+
+    def _make_input(self, epoch: int, step: int) -> StepInput:
+        accumulate = self.config.optim.accumulate_steps
+        indices = range(step * accumulate, min((step + 1) * accumulate, self.data.num_steps(epoch)))
+        batches = [self.data.batch(epoch, i) for i in indices]
+        return StepInput([(b, self.model.encoder.plan(b)) for b in batches])
+
+    def _epoch(self) -> None:
+        progress, run = self.progress, self.config.run
+        epoch, num_steps = progress.epoch, self._num_steps(progress.epoch)
+        self.model.train()
+        self.display.start_epoch(epoch, run.epochs, num_steps, progress.step)
+        with Prefetcher(lambda step: self._make_input(epoch, step), progress.step, num_steps) as inputs:
+            last = time.perf_counter()
+            for step_input in inputs:
+                loss = self._step(step_input)
+                now = time.perf_counter()
+                self._after_step(step_input, loss, now - last)
+                last = time.perf_counter()
+        self._end_epoch()
+
+    def _step(self, step_input: StepInput) -> float:
+        """One optimizer step; returns the loss, the mean over all positions of the step."""
+        seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for index, (batch, plan) in enumerate(step_input.batches):
+            share = batch.num_events / step_input.num_events
+            loss = self._loss(batch, derive(seed, index), plan) * share
+            loss.backward()
+            total += float(loss.detach())
+        norm = gradient_norm(self.model)
+        if not math.isfinite(total) or not bool(torch.isfinite(norm)):
+            self._stop_non_finite(step_input, seed, total)
+        if self.config.optim.clip_norm is not None:
+            clip_gradients(self.model, norm, self.config.optim.clip_norm)
+        set_learning_rate(self.optimizer, self._rate())
+        self.optimizer.step()
+        return total
+
+    def _rate(self) -> float:
+        total_steps = self.config.run.epochs * self._num_steps(0)
+        return learning_rate(self.config.optim, self.progress.global_step, total_steps)
+
+    def _loss(self, batch: Batch, seed: int, plan: AttentionPlan) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
+            return self.model.loss(batch, seed, plan)
+
+    def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
+        from hstu.nonfinite import first_non_finite
+
+        batch, plan = step_input.batches[0]
+        name = first_non_finite(self.model, lambda: self._loss(batch, derive(seed, 0), plan))
+        saved = checkpoint.steps(self.checkpoints)
+        kept = f"last good checkpoint: {saved[-1]}" if saved else "no checkpoint was saved before"
+        raise UserError(
+            f"non-finite values at step {self.progress.global_step} (epoch {self.progress.epoch}, loss {loss}): "
+            f"first in {name}; {kept}; lower optim.lr, or set optim.clip_norm"
+        )
+
+    def _after_step(self, step_input: StepInput, loss: float, seconds: float) -> None:
+        progress, run = self.progress, self.config.run
+        rate = self._rate()
+        progress.step += 1
+        progress.global_step += 1
+        progress.seconds += seconds
+        progress.num_events += step_input.num_events
+        progress.loss_sum += loss * step_input.num_events
+        progress.loss_events += step_input.num_events
+        events_per_s = step_input.num_events / seconds
+        self.display.step(progress.loss_sum / progress.loss_events, events_per_s)
+        if progress.global_step % run.log_every_steps == 0:
+            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s})
+        if self.stop_signal is not None:
+            self._save()
+            raise Interrupted(self.stop_signal, self.folder)
+        due = run.save_every_steps is not None and progress.global_step % run.save_every_steps == 0
+        if run.save_every_minutes is not None:
+            due = due or time.monotonic() - self._last_save >= 60.0 * run.save_every_minutes
+        if due:
+            self._save()
+
+    def _log(self, values: dict[str, float], **extra: Any) -> None:
+        step = self.progress.global_step
+        self.metrics_file.write(step=step, epoch=self.progress.epoch, **extra, **values)
+        for logger in self.loggers:
+            logger.log(step, values)
+
+    def _end_epoch(self) -> None:
+        progress, run = self.progress, self.config.run
+        epoch_loss = progress.loss_sum / max(1, progress.loss_events)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum, progress.loss_events = 0.0, 0
+        done = progress.epoch >= run.epochs
+        if progress.epoch % run.eval_every_epochs == 0 or done:
+            self._validate(epoch_loss)
+            done = done or self._stopped_early()
+        progress.finished = done
+        if done or (run.save_every_epochs is not None and progress.epoch % run.save_every_epochs == 0):
+            self._save()
+        if self.stop_signal is not None and not done:
+            self._save()
+            raise Interrupted(self.stop_signal, self.folder)
+
+    def _stopped_early(self) -> bool:
+        limit = self.config.run.early_stop_evals
+        return limit is not None and self.progress.evals_since_best >= limit
+
+    def _validate(self, epoch_loss: float) -> None:
+        progress, started = self.progress, time.perf_counter()
+        result = evaluate(self.model, self.store, self.targets, self.config, self.device)
+        values = metrics.summarize(result.ranks, self.config.eval.ks)
+        name = self.config.run.select_metric
+        if name not in values:
+            raise UserError(f"run.select_metric={name}: expected one of {', '.join(values)}")
+        improved = values[name] > progress.best
+        if improved:
+            progress.best, progress.best_epoch, progress.evals_since_best = values[name], progress.epoch, 0
+        else:
+            progress.evals_since_best += 1
+        progress.eval_seconds += time.perf_counter() - started
+        part = "validation" if self.split.validation is not None else "test"
+        self._log({"epoch_loss": epoch_loss, **values}, kind=part)
+        self.display.validation(progress.epoch, epoch_loss, part, values, name, improved)
+        if improved:
+            checkpoint.save_best(self.checkpoints, self._state())
+
+
+def train(config: Config, display: Display | None = None) -> Path:
+    """Trains one run (one seed, no variants), evaluates its best checkpoint on test; returns its folder.
+
+    The folder then holds ``result.json`` and ``evaluation.json``. A finished run is not repeated.
+
+    Raises:
+        UserError: a wrong config, data or run folder, a non-finite value, a full disk.
+        Interrupted: a signal came; the run has saved and can be resumed.
+    """
+    from hstu.results import evaluate_finished
+
+    keep_freed_memory()
+    folder = run_folder(config)
+    display = display or Display(config.run.progress)
+    store = open_store(config)
+    trainer = Trainer(config, store, folder, display)
+    progress = trainer.run()
+    evaluate_finished(trainer, progress)
+    report.plot_curves(folder)
+    return folder
+
+
+def run_command(options: dict[str, Any]) -> None:
+    """What ``hstu-train`` does with the composed options: all variants and seeds, then the table."""
+    from hstu.results import expand_runs, show_results
+
+    plan = expand_runs(options)
+    display = Display(plan[0].config.run.progress)
+    finished = [dataclasses.replace(entry, folder=train(entry.config, display)) for entry in plan]
+    show_results(finished, display.console)
+
+
+@command
+def main() -> int:
+    """Entry point of ``hstu-train``."""
+    from omegaconf import OmegaConf
+
+    try:
+        run_hydra(lambda cfg: run_command(OmegaConf.to_container(cfg, resolve=True)), "config")
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
