@@ -46,8 +46,10 @@ def linear_cross_entropy(
     _common.check_queries_and_table(queries, table)
     _common.check_ids("labels", labels, (queries.shape[0],), queries)
     _common.check_positive(temperature=temperature, eps=eps, chunk_mib=chunk_mib)
-    if weights is not None and (tuple(weights.shape) != (queries.shape[0],) or weights.device != queries.device):
-        raise ValueError(f"weights is {list(weights.shape)} on {weights.device}: expected [{queries.shape[0]}] on {queries.device}")  # fmt: skip
+    if weights is not None and tuple(weights.shape) != (queries.shape[0],):
+        raise ValueError(f"weights has shape {list(weights.shape)}: expected [{queries.shape[0]}]")
+    if weights is not None and weights.device != queries.device:
+        raise ValueError(f"weights is on {weights.device}, queries on {queries.device}: expected one device")
     q, e = _common.prepare(queries, table, l2_normalize, eps)
     scale = 1.0 / temperature
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or e.requires_grad)
