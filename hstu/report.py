@@ -1,6 +1,6 @@
 """Tables, records and plots: what a person sees of a run, and what is kept of a measurement.
 
-    python -m hstu.report readme [--check]        write (or compare) the README's tables from the records
+    python -m hstu.report [readme] [--check]      write (or compare) the README's tables from the records
     python -m hstu.report record NAME RUN [RUN..] make the record of one or more evaluated runs (one per seed)
     python -m hstu.report curves RUN              plot loss and metrics of a run into RUN/curves.png
 
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -134,8 +135,8 @@ class Record:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):
             raise UserError(f"record name={self.name!r}: expected lower-case letters, digits and . _ -")
         for metric, value in self.metrics.items():
-            if set(value) != {"mean", "std", "values"}:
-                raise UserError(f"record metric {metric!r} has {sorted(value)}: expected mean, std and values")
+            if not isinstance(value, Mapping) or set(value) != {"mean", "std", "values"}:
+                raise UserError(f"record metric {metric!r} is {value!r}: expected mean, std and values")
 
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
@@ -218,12 +219,12 @@ def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Re
     """
     import yaml
 
-    evaluations, configs, timings = [], [], []
+    evaluations, configs, timings, places = [], [], [], []
     for run in runs:
+        places.append(read_json(run / "environment.json", f"{run} is no run folder of hstu-train"))
         evaluations.append(read_json(run / "evaluation.json", f"run hstu-evaluate run={run} first"))
         configs.append(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-        result = run / "result.json"
-        timings.append((read_json(result, "").get("timing") or {}) if result.exists() else {})
+        timings.append(read_json(run / "result.json", f"finish the training of {run} first").get("timing", {}))
     first = evaluations[0]
     for run, evaluation, config in zip(runs, evaluations, configs, strict=True):
         for key in ("dataset", "protocol", "split_hash", "model", "selection", "part", "filter_history"):
@@ -233,6 +234,10 @@ def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Re
             raise UserError(
                 f"{run} and {runs[0]} have different configs: one record holds runs that differ in seed only"
             )
+    for key in ("machine", "versions"):
+        if any(place[key] != places[0][key] for place in places):
+            raise UserError(f"the runs were trained with different {key}: make one record of each")
+    commits = list(dict.fromkeys(str(place["commit"]) for place in places if place["commit"]))
     system = system or first["model"]
     metrics = []
     for evaluation in evaluations:
@@ -253,13 +258,20 @@ def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Re
     return Record(
         name, "training", first["dataset"], first["protocol"], first["split_hash"], system,
         [c["seed"] for c in configs], aggregate(metrics), timing, published,
-        first["machine"], first["versions"], first["commit"], configs[0],
+        places[0]["machine"], places[0]["versions"], ", ".join(commits) or None, _without_paths(configs[0]),
     )  # fmt: skip
 
 
 def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     run = {k: v for k, v in config.get("run", {}).items() if k not in ("dir", "progress", "loggers", "threads")}
     return {**{k: v for k, v in config.items() if k not in ("seed", "seeds")}, "run": run}
+
+
+def _without_paths(value: Any) -> Any:
+    """The config without the folders of the machine it ran on: an absolute path keeps its last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 # README
@@ -333,7 +345,8 @@ def _provenance(records: Sequence[tuple[str, Record]]) -> str:
 
 
 def _short(sha: str | None) -> str:
-    return "" if sha is None else sha[:10] + ("-dirty" if sha.endswith("-dirty") else "")
+    parts = [] if sha is None else sha.split(", ")
+    return ", ".join(part[:10] + ("-dirty" if part.endswith("-dirty") else "") for part in parts)
 
 
 def _mean_std(value: Mapping[str, Any] | None) -> str:
@@ -405,36 +418,41 @@ def groups_table(title: str, groups: Sequence[Any], names: Sequence[str]) -> Tab
 # Plot
 
 
-def plot_curves(run: Path) -> Path:
+def plot_curves(run: Path) -> Path | None:
     """Plots the training loss and the evaluation metrics of ``RUN/metrics.jsonl`` into ``RUN/curves.png``.
 
-    Lines of the file are objects. A training line has ``loss``; an evaluation line has ``NAME@K`` keys, either at
-    the top or inside ``metrics``. The horizontal axis is ``step`` where every line has it, else ``epoch``.
+    Lines of the file are objects with ``step``: a training line has ``loss``, an evaluation line ``epoch_loss`` and
+    ``NAME@K`` keys. Without matplotlib (an optional package) nothing is drawn, said once, and None returned.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     file = run / "metrics.jsonl"
     if not file.exists():
         raise UserError(f"{file} does not exist: is {run} a run folder?")
-    loss, curves, axis = _read_curves(file)
+    try:
+        import matplotlib
+    except ImportError:
+        logging.getLogger(__name__).warning("no curves.png: matplotlib is not installed (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    losses, curves = _read_curves(file)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    if loss:
-        x, y = zip(*loss, strict=True)
-        left.plot(x, y, color="tab:blue", linewidth=1.2)
-    left.set(title="Training loss", xlabel=axis, ylabel="loss")
+    for name, style in (("loss", {"alpha": 0.35, "label": "step"}), ("epoch_loss", {"label": "mean of the epoch"})):
+        if losses[name]:
+            x, y = zip(*losses[name], strict=True)
+            left.plot(x, y, color="tab:blue", linewidth=1.2, **style)
+    left.set(title="Training loss", xlabel="step", ylabel="loss")
     colours = ("tab:orange", "tab:green", "tab:purple", "tab:red", "tab:brown", "tab:blue")
-    for (name, points), colour in zip(sorted(curves.items()), colours * (1 + len(curves) // 6), strict=False):
+    for place, (name, points) in enumerate(curves.items()):
         x, y = zip(*points, strict=True)
-        right.plot(x, y, label=name, color=colour, linewidth=1.2, marker="o" if len(x) < 30 else None, markersize=3)
-    right.set(title="Evaluation", xlabel=axis, ylabel="metric")
-    if curves:
-        right.legend(fontsize=8)
+        marker = "o" if len(x) < 30 else None
+        right.plot(x, y, label=name, color=colours[place % 6], linewidth=1.2, marker=marker, markersize=3)
+    right.set(title="Evaluation", xlabel="step", ylabel="metric")
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+        if panel.lines:
+            panel.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run.resolve().parent.name} / {run.resolve().name}", fontsize=10)
     path = run / "curves.png"
     figure.savefig(path, dpi=120)
@@ -442,26 +460,29 @@ def plot_curves(run: Path) -> Path:
     return path
 
 
-def _read_curves(file: Path) -> tuple[list[tuple[float, float]], dict[str, list[tuple[float, float]]], str]:
-    """Loss points, points of each metric shown, and the name of the horizontal axis."""
-    lines = []
+Points = list[tuple[float, float]]
+
+
+def _read_curves(file: Path) -> tuple[dict[str, Points], dict[str, Points]]:
+    """(step, value) points of ``loss`` and ``epoch_loss``, and of each metric that is shown."""
+    losses: dict[str, Points] = {"loss": [], "epoch_loss": []}
+    curves: dict[str, Points] = {}
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            raise UserError(f"{file} line {number} is not valid JSON") from None
-    axis = "step" if all("step" in line for line in lines) else "epoch"
-    loss: list[tuple[float, float]] = []
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for place, line in enumerate(lines):
-        x = float(line.get(axis, place))
-        if isinstance(line.get("loss"), int | float):
-            loss.append((x, float(line["loss"])))
-        for name, value in {**line, **(line.get("metrics") or {})}.items():
-            if "@" in name and isinstance(value, int | float):
-                curves.setdefault(name, []).append((x, float(value)))
-    shown = [n for n in curves if n.rsplit("@", 1)[1] in ("10", "200")] or list(curves)
-    return loss, {name: curves[name] for name in shown}, axis
+            line = json.loads(text)
+            step = float(line["step"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} line {number}: expected a JSON object with step") from None
+        for name, value in line.items():
+            if not isinstance(value, int | float):
+                continue
+            if name in losses:
+                losses[name].append((step, float(value)))
+            elif "@" in name:
+                part = f" ({line['kind']})" if line.get("kind") else ""
+                curves.setdefault(name + part, []).append((step, float(value)))
+    shown = [n for n in curves if n.partition("@")[2].split(" ")[0] in ("10", "200")] or list(curves)
+    return losses, {name: curves[name] for name in shown}
 
 
 # The command
@@ -483,7 +504,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.add_argument("--results", type=Path, default=RESULTS)
     curves = commands.add_parser("curves", help="plot loss and metrics of a run")
     curves.add_argument("run", type=Path)
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    bare = not given or given[0] == "--check"
+    options = parser.parse_args(["readme", *given] if bare else given)
     try:
         if options.command == "readme":
             return _readme_command(options.readme, options.results, options.check)
@@ -491,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made = run_record(options.name, options.runs, options.system)
             print(write_record(made, options.results, options.date))
         else:
-            print(plot_curves(options.run))
+            print(plot_curves(options.run) or "")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
