@@ -27,8 +27,11 @@ class ColumnsConfig:
     """Column names of the user's own log (``data=log``)."""
 
     user: str = "user"
+    """Column with the user id, integer or string."""
     item: str = "item"
+    """Column with the item id, integer or string."""
     time: str = "timestamp"
+    """Column with the time of the event, in ``time_unit``."""
     action: str | None = None
     """Column with what was done (a rating, an event name, a bit set); stored as ``actions``."""
     values: list[str] = field(default_factory=list)
@@ -62,6 +65,7 @@ class DataConfig:
     separator: str | None = None
     """CSV separator; None: found from the header line among , ; tab |."""
     header: bool = True
+    """CSV: the first line names the columns."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     time_unit: str = "auto"
     """s, ms, us, iso, or auto (by magnitude / type; said in the log)."""
@@ -72,7 +76,9 @@ class DataConfig:
 
     # Filters
     min_user_events: int = 0
+    """Users with fewer events are dropped; 0: none."""
     min_item_events: int = 0
+    """Items with fewer events are dropped; 0: none."""
     filter_mode: str = "one-pass"
     """one-pass (PROTOCOL section 1: counted on the raw file, then short users dropped) or iterative (k-core)."""
     dedup: str = "none"
@@ -86,6 +92,7 @@ class DataConfig:
     protocol: str = "reference"
     """Order inside equal timestamps: reference (seeded random permutation) or stable (file order)."""
     protocol_seed: int = 0
+    """Seed of the permutation inside equal timestamps."""
     split: str = "leave-last-out"
     """leave-last-out or global-time."""
     split_time: str | None = None
@@ -95,8 +102,11 @@ class DataConfig:
 
     # Synthetic process (source=synthetic)
     num_users: int = 2000
+    """Synthetic only: users."""
     num_items: int = 500
+    """Synthetic only: items."""
     synthetic_seed: int = 0
+    """Synthetic only: seed of the process and of the log drawn from it."""
 
     def __post_init__(self) -> None:
         sources = ("synthetic", "movielens-100k", "movielens-dat", "movielens-csv", "amazon-2014", "log")
@@ -122,7 +132,9 @@ class BiasConfig:
     """Relative attention bias of HSTU (PROTOCOL section 3)."""
 
     position: bool = True
+    """A weight for each distance in the sequence."""
     time: bool = True
+    """A weight for each bucket of the time gap."""
     per_head: bool = False
     """False: one table for all heads (published). True: one per head."""
     num_buckets: int = 129
@@ -139,9 +151,13 @@ class HSTUConfig:
     """HSTU encoder (Zhai et al. 2024)."""
 
     name: str = "hstu"
+    """Picks this dataclass; set by the YAML file."""
     dim: int = 50
+    """Model width (D), also of the item embeddings."""
     num_blocks: int = 2
+    """Layers."""
     num_heads: int = 1
+    """Attention heads (H)."""
     qk_dim: int = 50
     """Query/key width per head (A)."""
     v_dim: int = 50
@@ -165,14 +181,23 @@ class SASRecConfig:
     """SASRec, the reference's variant (PROTOCOL section 3)."""
 
     name: str = "sasrec"
+    """Picks this dataclass; set by the YAML file."""
     dim: int = 50
+    """Model width (D), also of the item embeddings."""
     num_blocks: int = 2
+    """Layers."""
     num_heads: int = 1
+    """Attention heads (H)."""
     ffn_dim: int = 50
+    """Width of the feed-forward part."""
     dropout: float = 0.2
+    """Rate of every dropout of the encoder."""
     max_len: int = 200
+    """Most recent events that are the model's input."""
     extra_slots: int = 11
+    """Padded width N = max_len + extra_slots."""
     l2_normalize: bool = True
+    """L2-normalise outputs and item embeddings before the dot product."""
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -184,15 +209,25 @@ class TransformerConfig:
     """Modern Transformer baseline: pre-norm RMSNorm, SwiGLU, rotary positions."""
 
     name: str = "transformer"
+    """Picks this dataclass; set by the YAML file."""
     dim: int = 64
+    """Model width (D), also of the item embeddings."""
     num_blocks: int = 2
+    """Layers."""
     num_heads: int = 2
+    """Attention heads (H)."""
     ffn_dim: int = 128
+    """Width of the feed-forward part."""
     dropout: float = 0.2
+    """Rate of every dropout of the encoder."""
     rope_base: float = 10_000.0
+    """Base of the rotary wavelengths."""
     max_len: int = 200
+    """Most recent events that are the model's input."""
     extra_slots: int = 11
+    """Padded width N = max_len + extra_slots."""
     l2_normalize: bool = True
+    """L2-normalise outputs and item embeddings before the dot product."""
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -215,6 +250,7 @@ class LossConfig:
     num_negatives: int = 128
     """sampled_softmax: negatives per position (R); shared_bank: bank size (K) per step."""
     temperature: float = 0.05
+    """Divides the logits."""
     logq_correction: bool = False
     """shared_bank / in_batch: subtract the log of the sampling probability from the logits."""
     chunk_mib: int = 64
@@ -235,13 +271,19 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-3
+    """Learning rate after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """Decay rates of the first and second moment."""
     eps: float = 1e-8
+    """Added to the denominator of the update."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     schedule: str = "constant"
     """constant or cosine (to ``min_lr_fraction`` of lr at the last step), both after warm-up."""
     warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
     min_lr_fraction: float = 0.0
+    """cosine only: final rate as a fraction of lr."""
     clip_norm: float | None = None
     """Global gradient norm limit; None: no clipping."""
     accumulate_steps: int = 1
@@ -263,6 +305,7 @@ class RunConfig:
     dir: str | None = None
     """Run folder; None: ``runs/<experiment>/<UTC time>-seed<seed>``. An existing run folder is resumed."""
     epochs: int = 101
+    """Passes over the training users."""
     batch_users: int = 128
     """Users per batch; ignored when ``batch_tokens`` is set."""
     batch_tokens: int | None = None
@@ -271,26 +314,35 @@ class RunConfig:
     """validation: second-last item held out, best epoch by validation, test reported once.
     reference: only the last item held out, best epoch on test, as the published numbers were made."""
     select_metric: str = "ndcg@10"
+    """Metric of the best epoch, such as ``ndcg@10``, ``hr@10`` or ``mrr``."""
     early_stop_evals: int | None = None
     """Stop after so many evaluations without a better ``select_metric``; None: never."""
     eval_every_epochs: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "float32"
     """float32 or bfloat16 (autocast, CUDA only)."""
     tf32: bool = False
+    """Let CUDA use TF32 in float32 products (faster, 10-bit mantissa)."""
     threads: int | None = None
     """torch CPU threads; None: torch's default."""
     deterministic: bool = True
+    """Ask torch for deterministic algorithms on CUDA; the CPU path always is."""
     keep_last: int = 2
     """Checkpoints kept besides the best."""
     save_every_steps: int | None = None
+    """Steps between checkpoints; None: not by steps."""
     save_every_minutes: float | None = 10.0
+    """Minutes between checkpoints; None: not by time."""
     save_every_epochs: int | None = 1
+    """Epochs between checkpoints; None: not by epochs, but at the end."""
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of tensorboard, wandb, mlflow; ``metrics.jsonl`` is always written."""
     log_every_steps: int = 10
+    """Steps between lines of ``metrics.jsonl`` and logger points."""
     progress: bool = True
+    """Live progress bar; off where the output is no terminal."""
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "run.epochs", self.epochs, ">= 1")
@@ -309,12 +361,15 @@ class EvalConfig:
     """Full-ranking evaluation (PROTOCOL section 4)."""
 
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 50, 100, 200])
+    """Cut-offs K of HR@K and NDCG@K."""
     batch_users: int = 512
+    """Users scored at once."""
     filter_history: str = "truncated"
     """Seen items removed from the ranking: truncated (the model's input, published), full, or none."""
     bootstrap: int = 1000
     """Bootstrap resamples for the confidence intervals; 0: none."""
     chunk_mib: int = 64
+    """Memory bound of one block of scores, in MiB."""
 
     def __post_init__(self) -> None:
         _check(len(self.ks) > 0 and all(k >= 1 for k in self.ks), "eval.ks", self.ks, "a list of ranks >= 1")
@@ -324,6 +379,8 @@ class EvalConfig:
 
 @dataclass
 class KernelsConfig:
+    """What the ops run on."""
+
     backend: str = "auto"
     """auto (triton on CUDA where an op has it, else torch), triton or torch; an explicit choice that cannot be met raises."""
 
@@ -336,8 +393,11 @@ class PublishedConfig:
     """The published row that this experiment is compared with (PROTOCOL section 5)."""
 
     source: str = ""
+    """Where the number was published."""
     protocol: str = "reference"
+    """Protocol it was made by: reference or stable."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """Metric name -> published value."""
 
 
 ModelConfig = HSTUConfig | SASRecConfig | TransformerConfig
@@ -351,6 +411,7 @@ class Config:
     experiment: str = "synthetic"
     """Name of the experiment; names the run folder."""
     seed: int = 0
+    """Seed of weights, order of users, negatives and dropout."""
     seeds: list[int] | None = None
     """Several seeds in one command: mean and standard deviation are reported."""
     variants: dict[str, list[str]] = field(default_factory=dict)

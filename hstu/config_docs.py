@@ -88,7 +88,9 @@ def _default(value: ast.expr | None) -> str:
         name = factory.id if isinstance(factory, ast.Name) else ""
         return {"list": "[]", "dict": "{}"}.get(name, "")
     if isinstance(value, ast.Constant):
-        return {None: "null", True: "true", False: "false", "": '""'}.get(value.value, str(value.value))
+        if value.value is None or isinstance(value.value, bool):
+            return {None: "null", True: "true", False: "false"}[value.value]
+        return str(value.value) or '""'
     return ast.unparse(value)
 
 
@@ -124,7 +126,8 @@ def render(root: Path = ROOT) -> str:
     parts = [INTRODUCTION, "## Choices\n", "\n".join(choices(root / "conf")), ""]
     for name, (prefix, heading) in SECTIONS.items():
         docstring, options = classes[name]
-        parts += [f"## {heading}\n", f"{_one_line(docstring)}\n", "\n".join(_table(prefix, options, set(classes))), ""]
+        parts += [f"## {heading}\n", *([f"{_one_line(docstring)}\n"] if docstring else [])]
+        parts += ["\n".join(_table(prefix, options, set(classes))), ""]
     return "\n".join(parts)
 
 
