@@ -12,13 +12,15 @@ import polars as pl
 from hstu.config import DataConfig
 from hstu.data import filters
 from hstu.data.buckets import Buckets, Events
-from hstu.data.order import sort_events, tie_keys
+from hstu.data.order import sort_events
 from hstu.data.store import RARE_ITEM, StoreWriter
 from hstu.data.tables import Rejects, Table
 from hstu.errors import UserError
 
 _CHUNK_ROWS = 1 << 19
 _MAX_CODES = 2**31 - 2
+_MAX_TABLE = 1 << 26
+"""Largest raw id that is coded by a lookup table (256 MiB)."""
 
 
 @dataclass
@@ -58,12 +60,16 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
     if config.dedup != "none":
         built.removed["duplicates"] = filters.dedup(buckets, config.dedup)
 
-    num_users, num_items = len(users), len(items)
+    counts = users["count"].to_numpy(), items["count"].to_numpy()
+    if built.removed or rejects.count:  # rows went after the ids were counted
+        counts = filters.count(buckets, np.ones(len(users), bool), np.ones(len(items), bool))
+    total = int(counts[0].sum())
     alive_users, alive_items, vocabulary = filters.minimum_counts(
-        buckets, num_users, num_items, config.min_user_events, config.min_item_events, config.filter_mode
+        buckets, counts, config.min_user_events, config.min_item_events, config.filter_mode
     )
-    user_counts, item_counts = filters.count(buckets, num_users, num_items, alive_users, alive_items)
-    total = sum(len(e["user"]) for _, e in buckets.scan("user"))
+    user_counts, item_counts = counts
+    if max(config.min_user_events, config.min_item_events) > 1:
+        user_counts, item_counts = filters.count(buckets, alive_users, alive_items)
     built.removed["minimum counts"] = total - int(user_counts.sum())
     if user_counts.sum() == 0:
         raise UserError(
@@ -71,7 +77,7 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
             f"data.min_item_events={config.min_item_events}, data.filter_mode={config.filter_mode}): lower them"
         )
     if log.items_listed and config.min_item_events <= 1 and config.filter_mode == "one-pass":
-        vocabulary = np.ones(num_items, bool)  # films that nobody rated are candidates too
+        vocabulary = np.ones(len(items), bool)  # films that nobody rated are candidates too
     ids, built.num_items = filters.cap_vocabulary(item_counts, vocabulary, config.max_items)
     built.num_rated = len(np.unique(ids[item_counts > 0]))
 
@@ -123,6 +129,16 @@ def _codes(vocabulary: pl.DataFrame, name: str) -> pl.LazyFrame:
     return vocabulary.lazy().select(pl.col("key").alias(name), code)
 
 
+def _lookup_table(vocabulary: pl.DataFrame) -> np.ndarray | None:
+    """Code by raw id, -1 where there is none and in the last slot; None where the ids are no small integers and a join must do."""
+    keys = vocabulary["key"]
+    if not keys.dtype.is_integer() or keys.min() < 0 or keys.max() > _MAX_TABLE:  # type: ignore[operator]
+        return None
+    table = np.full(int(keys.max()) + 2, -1, np.int32)  # type: ignore[arg-type]
+    table[keys.to_numpy()] = np.arange(len(keys), dtype=np.int32)
+    return table
+
+
 def _to_numpy(raw: pl.Series) -> np.ndarray:
     if raw.dtype != pl.String:
         return raw.cast(pl.Int64).to_numpy()
@@ -142,8 +158,14 @@ def _bucket_events(
     schema = frame.collect_schema()
     extra: dict[str, str] = {}
     dtypes: dict[str, type] = {"user": np.int32, "item": np.int32, "time": np.int64, "row": np.int64}
-    coded = frame.join(_codes(users, "user"), on="user", how="left").join(_codes(items, "item"), on="item", how="inner")
-    columns = [pl.col("user code").alias("user"), pl.col("item code").alias("item"), pl.col("time"), pl.col("row")]
+    coded, columns = frame, [pl.col("time"), pl.col("row")]
+    tables = {"user": _lookup_table(users), "item": _lookup_table(items)}
+    for name, vocabulary in (("user", users), ("item", items)):
+        if tables[name] is None:
+            coded = coded.join(_codes(vocabulary, name), on=name, how="left")
+            columns.append(pl.col(f"{name} code").fill_null(-1).alias(name))
+        else:
+            columns.append(pl.col(name))
     for role, dtype in schema.items():
         if role in ("user", "item", "time", "row", "bad"):
             continue
@@ -167,8 +189,14 @@ def _bucket_events(
         chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"
     ):
         events: Events = {n: batch[n].to_numpy() for n in batch.columns}
+        for name, table in tables.items():
+            if table is not None:
+                events[name] = table[np.minimum(events[name], len(table) - 1)]
         for name, values in log.row_columns.items():
             events[name] = values[events["row"] - 1]
+        if events["item"].min(initial=0) < 0:  # an item outside the catalogue, already among the rejects
+            known = events["item"] >= 0
+            events = {name: column[known] for name, column in events.items()}
         buckets.append(events)
     return buckets, extra
 
@@ -203,8 +231,9 @@ def _write_events(
             alive = np.flatnonzero(alive_users[events["user"]] & alive_items[events["item"]])
             if len(alive) < len(events["user"]):
                 events = {name: column[alive] for name, column in events.items()}
-            keys = tie_keys(events["row"], config.protocol, config.protocol_seed)
-            order = sort_events(events["user"], events["time"], keys)
+            order = sort_events(
+                events["user"], events["time"], events["row"], config.protocol, config.protocol_seed
+            )
             if config.max_events is not None:
                 order = _latest(order, events["user"][order], config.max_events)
             item_ids.append(ids[events["item"][order]])

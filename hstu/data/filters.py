@@ -24,7 +24,7 @@ def dedup(buckets: Buckets, policy: str) -> int:
 
 
 def _one_per_pair(events: Events, policy: str) -> np.ndarray:
-    order = sort_events(events["user"], events["time"], events["row"])
+    order = sort_events(events["user"], events["time"], events["row"], "stable", 0)
     if policy == "last":
         order = order[::-1]
     pair = (events["user"][order].astype(np.int64) << 32) | events["item"][order]
@@ -43,36 +43,38 @@ def _exact(events: Events) -> np.ndarray:
     return order[new]
 
 
-def count(buckets: Buckets, num_users: int, num_items: int, users: np.ndarray, items: np.ndarray) -> Counts:
-    """Events of each user and of each item among those whose user and item are both alive (boolean masks)."""
-    user_counts, item_counts = np.zeros(num_users, np.int64), np.zeros(num_items, np.int64)
+Counts = tuple[np.ndarray, np.ndarray]
+"""Events of each user and of each item, int64."""
+
+
+def count(buckets: Buckets, users: np.ndarray, items: np.ndarray) -> Counts:
+    """Counts of the events whose user and item are both alive (boolean masks)."""
+    user_counts, item_counts = np.zeros(len(users), np.int64), np.zeros(len(items), np.int64)
     for _, events in buckets.scan("user", "item"):
         alive = users[events["user"]] & items[events["item"]]
         if not alive.all():
             events = {name: column[alive] for name, column in events.items()}
-        user_counts += np.bincount(events["user"], minlength=num_users)
-        item_counts += np.bincount(events["item"], minlength=num_items)
+        user_counts += np.bincount(events["user"], minlength=len(users))
+        item_counts += np.bincount(events["item"], minlength=len(items))
     return user_counts, item_counts
 
 
-Counts = tuple[np.ndarray, np.ndarray]
-
-
 def minimum_counts(
-    buckets: Buckets, num_users: int, num_items: int, min_user: int, min_item: int, mode: str
+    buckets: Buckets, counts: Counts, min_user: int, min_item: int, mode: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which users and items stay, and which items are in the vocabulary (boolean masks).
+
+    counts: of the whole log.
 
     one-pass: rows go whose item or user occurs too rarely in the whole log; the items of what is left are the
     vocabulary; then users left with too few events go (PROTOCOL section 1, Amazon Books).
     iterative: until every user and item has enough (k-core).
     """
-    users, items = np.ones(num_users, bool), np.ones(num_items, bool)
-    user_counts, item_counts = count(buckets, num_users, num_items, users, items)
+    user_counts, item_counts = counts
     users, items = user_counts >= max(min_user, 1), item_counts >= max(min_item, 1)
     if min_user <= 1 and min_item <= 1:
         return users, items, items.copy()
-    user_counts, item_counts = count(buckets, num_users, num_items, users, items)
+    user_counts, item_counts = count(buckets, users, items)
     if mode == "one-pass":
         return user_counts >= max(min_user, 1), items, item_counts > 0
     while True:
@@ -80,7 +82,7 @@ def minimum_counts(
         if np.array_equal(new_users, users) and np.array_equal(new_items, items):
             return users, items, items.copy()
         users, items = new_users, new_items
-        user_counts, item_counts = count(buckets, num_users, num_items, users, items)
+        user_counts, item_counts = count(buckets, users, items)
 
 
 def cap_vocabulary(item_counts: np.ndarray, vocabulary: np.ndarray, max_items: int | None) -> tuple[np.ndarray, int]:

@@ -18,22 +18,26 @@ def tie_keys(rows: np.ndarray, protocol: str, seed: int) -> np.ndarray:
     """
     if protocol == "stable":
         return rows.astype(np.int64)
-    z = rows.astype(np.uint64)
     with np.errstate(over="ignore"):
-        z = (z + _mix(np.array([seed], np.uint64))) * _GOLDEN
+        z = rows.astype(np.uint64)
+        z += _mix(np.array([seed], np.uint64))
+        z *= _GOLDEN
         return (_mix(z) >> np.uint64(1)).astype(np.int64)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64; overwrites ``z`` (uint64), which wraps around."""
     with np.errstate(over="ignore"):
-        z = (z + _GOLDEN).astype(np.uint64)
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        return z ^ (z >> np.uint64(31))
+        z += _GOLDEN
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            z ^= z >> np.uint64(shift)
+            z *= factor
+        z ^= z >> np.uint64(31)
+        return z
 
 
-def sort_events(users: np.ndarray, times: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """[E] int64 permutation that sorts by (user, time, key); the same as ``np.lexsort((keys, times, users))``.
+def sort_events(users: np.ndarray, times: np.ndarray, rows: np.ndarray, protocol: str, seed: int) -> np.ndarray:
+    """[E] int64 permutation: ``np.lexsort((tie_keys(rows, protocol, seed), times, users))``, but faster.
 
     Packs user and time into one integer (one quick sort instead of three stable ones), then sorts the keys of
     tied events alone.
@@ -44,7 +48,7 @@ def sort_events(users: np.ndarray, times: np.ndarray, keys: np.ndarray) -> np.nd
     if packed is None:
         packed = _pack(users, np.unique(times, return_inverse=True)[1].astype(np.int64))
     if packed is None:
-        return np.lexsort((keys, times, users))
+        return np.lexsort((tie_keys(rows, protocol, seed), times, users))
     order = np.argsort(packed)
     ordered = packed[order]
     same = np.empty(len(users) + 1, bool)
@@ -53,8 +57,8 @@ def sort_events(users: np.ndarray, times: np.ndarray, keys: np.ndarray) -> np.nd
     tied = np.flatnonzero(same[1:] | same[:-1])
     if len(tied):
         groups = np.cumsum(~same[:-1])[tied]
-        rows = order[tied]
-        order[tied] = rows[_sort_within(groups, keys[rows])]
+        chosen = order[tied]
+        order[tied] = chosen[_sort_within(groups, tie_keys(rows[chosen], protocol, seed))]
     return order
 
 

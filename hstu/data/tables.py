@@ -1,4 +1,4 @@
-"""Reads raw tables (CSV, JSONL, Parquet) into checked, typed Parquet parts on disk.
+"""Reads raw tables (CSV, JSONL, Parquet) into checked, typed Arrow parts on disk.
 
 The quick way lets polars parse a file as a stream. Where that finds anything amiss, the file is read again line
 by line, which is slower and says which row is bad, and why.
@@ -71,7 +71,7 @@ class Rejects:
 
 @dataclass
 class Table:
-    """Checked rows: Parquet ``parts`` with the fields' columns and ``row``, the global row number."""
+    """Checked rows: Arrow ``parts`` with the fields' columns and ``row``, the global row number."""
 
     parts: list[Path]
     files: list[Path]
@@ -82,7 +82,7 @@ class Table:
     """Units of the column ``time`` in a second."""
 
     def scan(self) -> pl.LazyFrame:
-        return pl.scan_parquet(self.parts)
+        return pl.scan_ipc(self.parts)
 
     def locate(self, row: int) -> tuple[Path, int]:
         """File and its row (1 is the first line) of a global row number."""
@@ -100,7 +100,7 @@ def read_tables(files: list[Path], layouts: list[Layout], work: Path, rejects: R
         found, last = _read_file(file, layout, rows, work / f"part-{number:06d}", rejects)
         parts += found
         rows += last
-    num_rows = sum(pl.scan_parquet(p).select(pl.len()).collect().item() for p in parts)
+    num_rows = sum(pl.scan_ipc(p).select(pl.len()).collect().item() for p in parts)
     if num_rows == 0:
         detail = f"; the first bad one: {rejects.first}" if rejects.first else ""
         raise UserError(f"no usable row in {files[0]}{' and the other files' if len(files) > 1 else ''}{detail}")
@@ -109,13 +109,13 @@ def read_tables(files: list[Path], layouts: list[Layout], work: Path, rejects: R
 
 def _read_file(file: Path, layout: Layout, before: int, stem: Path, rejects: Rejects) -> tuple[list[Path], int]:
     """Parts of one file and its number of lines. before: rows of the files before it."""
-    part = stem.with_suffix(".parquet")
+    part = stem.with_suffix(".arrow")
     if layout.format == "parquet":
         return [part], _read_parquet(file, layout, before, part, rejects)
     try:
         frame = _scan_text(file, layout)
         _sink(_checked(frame, layout, before, int(layout.header)), part)
-        bad, last = pl.scan_parquet(part).select(pl.col("bad").any(), pl.col(ROW).max()).collect().row(0)
+        bad, last = pl.scan_ipc(part).select(pl.col("bad").any(), pl.col(ROW).max()).collect().row(0)
         if not bad:
             return [part], (last - before) if last is not None else 0
     except pl.exceptions.PolarsError as error:
@@ -172,7 +172,7 @@ def _all_fields(layout: Layout, schema: pl.Schema) -> list[Field]:
 
 
 def _sink(frame: pl.LazyFrame, part: Path) -> None:
-    frame.sink_parquet(part, compression="uncompressed", statistics=False, engine="streaming")
+    frame.sink_ipc(part, compression="uncompressed", engine="streaming")
 
 
 def _raise_if_disk_full(error: Exception) -> None:
@@ -192,7 +192,7 @@ def _read_slowly(file: Path, layout: Layout, before: int, stem: Path, rejects: R
         frame = _rows_to_frame(batch, layout)
         good = _reject_bad(frame, layout, file, rejects, {n: text for n, _, text in batch})
         good = good.with_columns(pl.col(ROW) + before)
-        parts.append(stem.with_name(f"{stem.name}-{len(parts):06d}.parquet"))
+        parts.append(stem.with_name(f"{stem.name}-{len(parts):06d}.arrow"))
         _sink(good.lazy(), parts[-1])
     return parts, last
 
@@ -295,7 +295,7 @@ def _read_parquet(file: Path, layout: Layout, before: int, part: Path, rejects: 
         raw = scan.select(pl.col(f.column).alias(f.role) for f in layout.fields)
         checked = _checked(raw, layout, before, 0)
         _sink(checked.filter(~pl.col("bad")), part)
-        good = pl.scan_parquet(part).select(pl.len()).collect().item()
+        good = pl.scan_ipc(part).select(pl.len()).collect().item()
         if good < total:
             rows = raw.with_row_index("index").with_columns((pl.col("index").cast(pl.Int64) + 1).alias(ROW))
             positions = checked.filter(pl.col("bad")).select(pl.col(ROW) - before)

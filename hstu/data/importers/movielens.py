@@ -65,7 +65,7 @@ def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) ->
     fields = tuple(
         Field(role, kind, name, i) for i, ((role, kind), name) in enumerate(zip(kinds, COLUMNS, strict=True))
     )
-    layout = Layout("csv", fields, TimeFormat(), form.separator, len(COLUMNS), form.header, quote=form.header)
+    layout = Layout("csv", fields, TimeFormat(), form.separator, len(COLUMNS), form.header, quote=False)
     table = read_tables(paths[:1], [layout], work, rejects)
     log = RawLog(table, _read_movies(paths[1], form, rejects), items_listed=True, items_name=paths[1].name)
     if len(paths) > 2:
