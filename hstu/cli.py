@@ -121,8 +121,13 @@ def _one_line(error: BaseException) -> str | None:
 
 
 def _hydra_line(error: BaseException) -> str:
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
+    if isinstance(error, OverrideParseException):
+        return (
+            f"option {error.override!r} cannot be read: expected name=value; quote a value with spaces or brackets, "
+            """as in 'name="A value (1)"'"""
+        )
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name}: no such choice; {group} is one of {', '.join(sorted(error.options))}"

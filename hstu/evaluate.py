@@ -10,6 +10,7 @@ Legend: ``M`` targets, ``B`` users in a batch, ``S`` seen items of a batch, ``D`
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,15 +254,18 @@ def show(evaluation: Evaluation, config: Config, store: SequenceStore, part: str
         rows = {row.system: row for row in evaluation.rows if row.group == group}
         columns: dict[str, dict[str, Any]] = {model: rows[model].metrics}
         if rows[model].intervals:
-            columns["95 % interval"] = {n: f"{a:.4f} .. {b:.4f}" for n, (a, b) in rows[model].intervals.items()}
+            columns["95 %\ninterval"] = {n: f"{a:.3f}-{b:.3f}" for n, (a, b) in rows[model].intervals.items()}
         columns |= {system: row.metrics for system, row in rows.items() if system != model}
         if config.published.metrics and config.published.protocol == store.meta.get("protocol"):
-            columns[f"published ({config.published.source})"] = dict(config.published.metrics)
-        title = f"{dataset_label(store)}, {part}: {rows[model].count:,} users ({group})"
+            columns[f"published\n({config.published.source})"] = dict(config.published.metrics)
+        title = f"{dataset_label(store)}, {part}: {rows[model].count:,} users"
+        title += "" if group == ALL_USERS else f" ({group})"
         console.print(report.metrics_table(title, columns, names))
     k = 10 if 10 in config.eval.ks else min(config.eval.ks)
     for kind, groups in evaluation.breakdowns.items():
-        console.print(report.groups_table(f"By {kind}: {model}, {part}", groups, [f"hr@{k}", f"ndcg@{k}", "mrr"]))
+        console.print(
+            report.groups_table(f"{model} on {part}, by {kind}", kind, groups, [f"hr@{k}", f"ndcg@{k}", "mrr"])
+        )
     notes = [
         f"items removed from the ranking: {evaluation.filter_history} history",
         f"protocol {store.meta.get('protocol')}",
@@ -319,6 +323,9 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation:
 @command
 def main() -> None:
     """Console script hstu-evaluate."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print((__doc__ or "").split("\nLegend", 1)[0])
+        return
     run_hydra(lambda cfg: evaluate_run(plain_options(cfg)), "evaluate", folder="commands")
 
 

@@ -1,7 +1,8 @@
 """Recommendations from a trained run, and the command ``hstu-recommend``.
 
     hstu-recommend run=RUN user=42 [k=10]                          one user of the log
-    hstu-recommend run=RUN history=[260,1196]                      a made-up history, raw ids or titles
+    hstu-recommend run=RUN history=[260,1196]                      a made-up history of raw ids
+    hstu-recommend run=RUN 'history=["Heat (1995)", 1196]'         or titles; what has spaces or brackets is quoted
     hstu-recommend run=RUN users=all output=recs.parquet           everybody, to Parquet
     hstu-recommend run=RUN users=users.parquet output=recs.parquet the users of column `user`
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -449,6 +451,9 @@ def recommend_run(options: dict[str, Any]) -> None:
 @command
 def main() -> None:
     """Console script hstu-recommend."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print((__doc__ or "").split("\nLegend", 1)[0])
+        return
     run_hydra(lambda cfg: recommend_run(plain_options(cfg)), "recommend", folder="commands")
 
 

@@ -402,12 +402,12 @@ def metrics_table(title: str, columns: Mapping[str, Mapping[str, float | str]], 
     return table
 
 
-def groups_table(title: str, groups: Sequence[Any], names: Sequence[str]) -> Table:
-    """A breakdown (``hstu.metrics.Group`` list): one row per group."""
+def groups_table(title: str, kind: str, groups: Sequence[Any], names: Sequence[str]) -> Table:
+    """A breakdown by ``kind`` (``hstu.metrics.Group`` list): one row per group."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(title.split(":")[0].lower())
+    table.add_column(kind)
     for column in ("users", *names):
         table.add_column(column, justify="right")
     for group in groups:

@@ -152,8 +152,8 @@ def test_command_prints_tables_and_writes_json(store, tmp_path, monkeypatch, cap
     monkeypatch.setenv("COLUMNS", "160")
     assert run_command(monkeypatch, f"run={tmp_path}", "eval.ks=[5,10]", "device=cpu") == 0
     out = capsys.readouterr().out
-    for text in ("hr@5", "95 % interval", "most popular", "last-item transitions", "published (a paper)", "0.5000",
-                 "By history length", "By item popularity", "By time gap"):  # fmt: skip
+    for text in ("hr@5", "95 %", "interval", "most popular", "last-item transitions", "published", "(a paper)", "0.5000",
+                 "hstu on test, by history length", "by item popularity", "by time gap"):  # fmt: skip
         assert text in out
     assert "hr@1 " not in out
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -178,7 +178,7 @@ def test_published_row_of_the_other_protocol_is_not_shown(store, tmp_path, monke
     [
         ([], "run"),
         (["run=X", "eval.kz=[1]"], "kz"),
-        (["run=X", "ten"], "Error parsing override 'ten'"),
+        (["run=X", "ten"], "option 'ten' cannot be read: expected name=value"),
         (["run=X", "eval.ks=[0]", "device=cpu"], "eval.ks=[0]: expected a list of ranks >= 1"),
         (["run=X", "eval.filter_history=some", "device=cpu"], "one of truncated, full, none"),
         (["run=X", "split=train", "device=cpu"], "split=train: expected test or validation"),

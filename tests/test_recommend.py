@@ -326,8 +326,9 @@ def test_command_batch_form(store, monkeypatch, capsys, tmp_path):
         (["users=all"], "takes both: users=all"),
         (["user=1000", "output=x.parquet"], "takes both: users=all"),
         (["user=1000", "kk=3"], "kk"),
+        (["history=[Film 3 (1903)]"], "quote a value with spaces or brackets"),
     ],
-    ids=["unknown-user", "nothing", "two-things", "no-output", "no-users", "unknown-key"],
+    ids=["unknown-user", "nothing", "two-things", "no-output", "no-users", "unknown-key", "unquoted-title"],
 )
 def test_command_errors_are_one_line(store, monkeypatch, capsys, options, message):
     config = small_config()
