@@ -152,8 +152,8 @@ def test_command_prints_tables_and_writes_json(store, tmp_path, monkeypatch, cap
     monkeypatch.setenv("COLUMNS", "160")
     assert run_command(monkeypatch, f"run={tmp_path}", "eval.ks=[5,10]", "device=cpu") == 0
     out = capsys.readouterr().out
-    for text in ("hr@5", "95 %", "interval", "most popular", "last-item transitions", "published", "(a paper)", "0.5000",
-                 "hstu on test, by history length", "by item popularity", "by time gap"):  # fmt: skip
+    for text in ("hr@5", "95 %", "interval", "most popular", "last-item transitions", "published", "(a paper)",
+                 "0.5000", "hstu on test, by history length", "by item popularity", "by time gap"):  # fmt: skip
         assert text in out
     assert "hr@1 " not in out
     written = json.loads((tmp_path / "evaluation.json").read_text())
