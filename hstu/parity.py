@@ -57,7 +57,7 @@ def _ids(generator: torch.Generator, device: torch.device, *shape: int) -> Tenso
 
 
 def _attention(g: torch.Generator, device: torch.device) -> list[Case]:
-    from kernels.attention import attention, bucket_thresholds, make_plan
+    from kernels.attention import TimeBuckets, attention, make_plan
     from kernels.attention.reference import attention_reference
 
     heads, qk_dim, v_dim, width = 2, 25, 8, 75
@@ -66,7 +66,7 @@ def _attention(g: torch.Generator, device: torch.device) -> list[Case]:
     times = torch.randint(0, 10**6, (length,), generator=g).sort().values
     request = times + 60
     plan = make_plan(
-        offsets.to(device), max(LENGTHS), request.to(device), times.to(device), bucket_thresholds(129, 0.301).to(device)
+        offsets.to(device), max(LENGTHS), request.to(device), times.to(device), TimeBuckets()
     )
     q, k = _draw(g, device, length, heads, qk_dim), _draw(g, device, length, heads, qk_dim)
     v = _draw(g, device, length, heads, v_dim)

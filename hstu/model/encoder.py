@@ -15,7 +15,7 @@ from hstu.data.batches import Batch
 from hstu.model.layer import HSTULayer
 from hstu.seeding import derive
 from kernels._dropout import seeded_dropout
-from kernels.attention import AttentionPlan, bucket_thresholds, make_plan
+from kernels.attention import AttentionPlan, TimeBuckets, make_plan
 
 
 class Encoder(nn.Module):
@@ -58,22 +58,19 @@ class InputStage(nn.Module):
 class HSTUEncoder(Encoder):
     """Hierarchical sequential transduction unit layers (Zhai et al. 2024); no norm after the last one."""
 
-    thresholds: Tensor | None
-
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
         padded_len = config.max_len + config.extra_slots
         self.request_time = config.bias.request_time
         self.input = InputStage(nn.init.xavier_normal_(torch.empty(padded_len, config.dim)), config.dropout)
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_blocks))
-        thresholds = bucket_thresholds(config.bias.num_buckets, config.bias.bucket_width) if config.bias.time else None
-        self.register_buffer("thresholds", thresholds, persistent=False)
+        self.time_buckets = TimeBuckets(config.bias.num_buckets, config.bias.bucket_width) if config.bias.time else None
 
     def plan(self, batch: Batch) -> AttentionPlan:
-        if self.thresholds is None:
+        if self.time_buckets is None:
             return make_plan(batch.offsets, batch.max_len)
         query_time = batch.request_times if self.request_time else batch.timestamps
-        return make_plan(batch.offsets, batch.max_len, query_time, batch.timestamps, self.thresholds)
+        return make_plan(batch.offsets, batch.max_len, query_time, batch.timestamps, self.time_buckets)
 
     def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
         x = self.input(events, plan, layer_seed(seed, 0))

@@ -138,11 +138,11 @@ def attention_bwd_cpu(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: T
             score = walk.scores(qp, kp, start, stop, bucket, scale)
             weight = torch.ops.aten.silu.out(score, out=walk.buffer(1, score.shape))
             g = gp[:, start:stop]
-            dv[:, :stop].baddbmm_(weight.mT, g)
+            dv[:, :stop] += torch.bmm(weight.mT, g)  # baddbmm_ on this view would run user by user
             d_weight = torch.bmm(g, vp[:, :stop].mT, out=walk.buffer(2, score.shape))
             d_score = torch.ops.aten.silu_backward.grad_input(d_weight, score, grad_input=weight)
             dq[:, start:stop] = torch.bmm(d_score, kp[:, :stop])
-            dk[:, :stop].baddbmm_(d_score.mT, qp[:, start:stop])
+            dk[:, :stop] += torch.bmm(d_score.mT, qp[:, start:stop])
             by_user = d_score.view(-1, num_heads, stop - start, stop)
             if position_heads:
                 summed = by_user.sum((0, 1), keepdim=False)[None] if position_heads == 1 else by_user.sum(0)

@@ -21,6 +21,39 @@ MAX_PADDING = 1.12
 
 
 @dataclass(frozen=True)
+class TimeBuckets:
+    """Buckets of a time gap: ``floor(ln(max(1, |gap_s|)) / width)``, the last one open.
+
+    Source of the function: Zhai et al. 2024, reference code (its width, 0.301, looks like log10(2) but divides a
+    natural log). With 0.301 and 129 buckets: bucket 0 holds gaps of 0 and 1 s, bucket 10 those of 21 to 27 s,
+    bucket 40 those of 2.0 to 2.6 days, bucket 59 those of 1.6 to 2.2 years.
+    """
+
+    count: int = 129
+    width: float = 0.301
+    """In ln(s)."""
+
+    def of(self, gap_s: Tensor) -> Tensor:
+        """Bucket of each gap (any shape, int64 or float64, whole s; the sign is dropped): int32, 0 .. count-1."""
+        exact = gap_s.to(torch.float64, copy=True)  # whole numbers below 2^53 stay exact
+        return exact.abs_().clamp_(1.0, self._last_s).log_().div_(self.width).to(torch.int32)
+
+    @property
+    def _last_s(self) -> float:
+        """A gap inside the last bucket."""
+        return math.exp(min((self.count - 0.5) * self.width, 700.0))
+
+    def thresholds(self) -> Tensor:
+        """[count-1] int64, s: smallest whole gap of bucket 1, 2, ...; for kernels, which then need no logarithm.
+
+        Equal to :meth:`of` for gaps below 2^53 s; thresholds beyond that are the largest int64.
+        """
+        limit = torch.iinfo(torch.int64).max
+        steps = (b * self.width for b in range(1, self.count))
+        return torch.tensor([math.ceil(math.exp(x)) if x < 53 * math.log(2) else limit for x in steps])
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """Layout of a jagged batch, computed once and shared by all layers.
 
@@ -29,7 +62,7 @@ class AttentionPlan:
         max_len: longest user, int.
         query_time: [L] int64, s. Time at which each row's prediction is asked for, or None.
         key_time: [L] int64, s. Time of each event, or None.
-        thresholds: [buckets-1] int64, s. Smallest gap of bucket 1, 2, ...; see :func:`bucket_thresholds`.
+        time_buckets: how gaps are bucketed, or None.
         schedule: [G, 2] int64 (CPU path). Users and padded length of each group of similar lengths.
         rows: [sum of users x padded length] int64 (CPU path). Row of each padded slot; pads repeat a real row.
         slots: [L] int64 (CPU path). Padded slot of each row.
@@ -40,40 +73,11 @@ class AttentionPlan:
     max_len: int
     query_time: Tensor | None = None
     key_time: Tensor | None = None
-    thresholds: Tensor | None = None
+    time_buckets: TimeBuckets | None = None
     schedule: Tensor | None = None
     rows: Tensor | None = None
     slots: Tensor | None = None
     buckets: Tensor | None = None
-
-
-def bucket_thresholds(num_buckets: int, bucket_width: float) -> Tensor:
-    """Smallest whole gap, in s, of buckets 1 .. num_buckets-1 of ``floor(ln(max(1, gap_s)) / bucket_width)``.
-
-    The last bucket is open. Integer thresholds make the bucket of a gap the same on every device; gaps are
-    whole seconds, so nothing is lost. Source of the bucket function: Zhai et al. 2024, reference code (a width
-    of 0.301 looks like log10(2) but divides a natural log). With 0.301 and 129 buckets: bucket 0 holds a gap of
-    0 and 1 s, bucket 10 holds 21-27 s, bucket 40 from 1.9 to 2.6 days, bucket 59 about 1.6 to 2.2 years.
-
-    Returns:
-        [num_buckets-1] int64, ascending; thresholds beyond the int64 range are its maximum.
-    """
-    limit = torch.iinfo(torch.int64).max
-    values = [math.ceil(math.exp(b * bucket_width)) if b * bucket_width < 43.0 else limit for b in range(1, num_buckets)]
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def time_bucket(gap_s: Tensor, thresholds: Tensor) -> Tensor:
-    """Bucket of each time gap.
-
-    Args:
-        gap_s: any shape, int64, s. The sign is dropped.
-        thresholds: [buckets-1] int64, s.
-
-    Returns:
-        Same shape, int32, 0 .. buckets-1.
-    """
-    return torch.bucketize(gap_s.abs(), thresholds, right=True, out_int32=True)
 
 
 def make_plan(
@@ -81,7 +85,7 @@ def make_plan(
     max_len: int,
     query_time: Tensor | None = None,
     key_time: Tensor | None = None,
-    thresholds: Tensor | None = None,
+    time_buckets: TimeBuckets | None = None,
 ) -> AttentionPlan:
     """Lays out a batch for all attention layers; on CPU also groups users by length and buckets all time gaps.
 
@@ -89,32 +93,33 @@ def make_plan(
         offsets: [B+1] int32 or int64, ascending from 0.
         max_len: int, at least the longest user.
         query_time, key_time: [L] int64, s. Both or neither.
-        thresholds: [buckets-1] int64, s. Needed with times.
+        time_buckets: how gaps are bucketed. Needed with times.
 
     Raises:
         ValueError: shapes, dtypes or the presence of the time arguments do not fit together.
     """
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets: expected [B+1] int32 or int64, got {list(offsets.shape)} {offsets.dtype}")
-    given = [query_time is not None, key_time is not None, thresholds is not None]
+    given = [query_time is not None, key_time is not None, time_buckets is not None]
     if any(given) and not all(given):
-        raise ValueError("query_time, key_time and thresholds: give all three or none")
+        raise ValueError("query_time, key_time and time_buckets: give all three or none")
     offsets = offsets.to(torch.int64)
     if offsets.device.type != "cpu":
-        return AttentionPlan(offsets, max_len, query_time, key_time, thresholds)
+        return AttentionPlan(offsets, max_len, query_time, key_time, time_buckets)
     schedule, rows, slots = _group_by_length(offsets)
-    plan = AttentionPlan(offsets, max_len, query_time, key_time, thresholds, schedule, rows, slots)
-    if query_time is None or key_time is None or thresholds is None:
+    plan = AttentionPlan(offsets, max_len, query_time, key_time, time_buckets, schedule, rows, slots)
+    if query_time is None or key_time is None or time_buckets is None:
         return plan
     parts = []
+    query_time, key_time = query_time.to(torch.float64), key_time.to(torch.float64)
     for group in groups(schedule):
         index = rows[group.slots].view(group.num_users, group.length)
         query, key = query_time[index], key_time[index]
         for start, stop in row_blocks(group.length):
             gap_s = query[:, start:stop, None] - key[:, None, :stop]
-            parts.append(time_bucket(gap_s, thresholds).view(-1))
+            parts.append(time_buckets.of(gap_s).view(-1))
     buckets = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)
-    return AttentionPlan(offsets, max_len, query_time, key_time, thresholds, schedule, rows, slots, buckets)
+    return AttentionPlan(offsets, max_len, query_time, key_time, time_buckets, schedule, rows, slots, buckets)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention.plan import AttentionPlan, time_bucket
+from kernels.attention.plan import AttentionPlan
 
 
 def attention_reference(
@@ -37,9 +37,9 @@ def attention_reference(
             center = (position_weight.shape[1] - 1) // 2
             score = score + position_weight.to(work)[:, center + i[None, :] - i[:, None]]
         if time_weight is not None:
-            assert plan.query_time is not None and plan.key_time is not None and plan.thresholds is not None
+            assert plan.query_time is not None and plan.key_time is not None and plan.time_buckets is not None
             gap_s = plan.query_time[start:stop, None] - plan.key_time[None, start:stop]
-            score = score + time_weight.to(work)[:, time_bucket(gap_s, plan.thresholds).long()]
+            score = score + time_weight.to(work)[:, plan.time_buckets.of(gap_s).long()]
         weight = torch.nn.functional.silu(score) / divisor
         weight = weight * (i[None, :] <= i[:, None])
         outputs.append(torch.einsum("hij,jhv->ihv", weight, v[start:stop].to(work)))
