@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import time
@@ -94,8 +95,10 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
             rejects = Rejects(writer.folder / "rejects.csv", config.on_bad_row)
             log = importer(config).read(config, files, writer.work, rejects)
             built = build_store(log, config, writer, rejects)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if "No space left" in str(error):  # polars has no error class for it
+                raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
         counts = {"items": built.num_items, "items_with_events": built.num_rated}
         raw = [

@@ -14,7 +14,7 @@ from hstu.data import filters
 from hstu.data.buckets import Buckets, Events
 from hstu.data.order import sort_events
 from hstu.data.store import RARE_ITEM, StoreWriter
-from hstu.data.tables import Rejects, Table
+from hstu.data.tables import Rejects, Table, row_texts
 from hstu.errors import UserError
 
 _CHUNK_ROWS = 1 << 19
@@ -98,7 +98,11 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
 
 def _vocabulary(frame: pl.LazyFrame, name: str) -> pl.DataFrame:
     """``raw_id`` ascending, its ``key`` in the table, ``count``; strings that are all plain integers become int64."""
-    found = frame.group_by(pl.col(name).alias("key")).agg(pl.len().alias("count")).collect(engine="streaming")
+    found = (
+        frame.group_by(pl.col(name).alias("key"))
+        .agg(pl.len().cast(pl.Int64).alias("count"))
+        .collect(engine="streaming")
+    )
     if len(found) > _MAX_CODES:
         raise UserError(f"{len(found)} distinct {name} ids: at most {_MAX_CODES} fit 32 bits")
     raw = found["key"]
@@ -118,9 +122,13 @@ def _item_vocabulary(log: RawLog, frame: pl.LazyFrame, rejects: Rejects) -> pl.D
     unknown = found.join(listed, on="key", how="anti")
     if len(unknown):
         rows = frame.join(unknown.lazy().select(pl.col("key").alias("item")), on="item", how="semi")
-        for row, item in rows.select("row", "item").collect(engine="streaming").sort("row").iter_rows():
-            file, line = log.table.locate(row)
-            rejects.add(file, line, f"item '{item}' is not in {log.items_name}", "")
+        found_rows = [
+            (*log.table.locate(row), item)
+            for row, item in rows.select("row", "item").collect(engine="streaming").sort("row").iter_rows()
+        ]
+        texts = row_texts(found_rows[0][0], {line for _, line, _ in found_rows})
+        for file, line, item in found_rows:
+            rejects.add(file, line, f"item '{item}' is not in {log.items_name}", texts.get(line, ""))
     return listed.join(found.select("key", "count"), on="key", how="left").with_columns(pl.col("count").fill_null(0))
 
 
@@ -130,7 +138,7 @@ def _codes(vocabulary: pl.DataFrame, name: str) -> pl.LazyFrame:
 
 
 def _lookup_table(vocabulary: pl.DataFrame) -> np.ndarray | None:
-    """Code by raw id, -1 where there is none and in the last slot; None where the ids are no small integers and a join must do."""
+    """Code by raw id, -1 where there is none and in the last slot; None unless the ids are small integers."""
     keys = vocabulary["key"]
     if not keys.dtype.is_integer() or keys.min() < 0 or keys.max() > _MAX_TABLE:  # type: ignore[operator]
         return None
@@ -231,9 +239,7 @@ def _write_events(
             alive = np.flatnonzero(alive_users[events["user"]] & alive_items[events["item"]])
             if len(alive) < len(events["user"]):
                 events = {name: column[alive] for name, column in events.items()}
-            order = sort_events(
-                events["user"], events["time"], events["row"], config.protocol, config.protocol_seed
-            )
+            order = sort_events(events["user"], events["time"], events["row"], config.protocol, config.protocol_seed)
             if config.max_events is not None:
                 order = _latest(order, events["user"][order], config.max_events)
             item_ids.append(ids[events["item"][order]])

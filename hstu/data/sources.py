@@ -19,6 +19,8 @@ from hstu.errors import UserError
 
 DATA_DIR_VARIABLE = "HSTU_DATA_DIR"
 _CHUNK_BYTES = 1 << 20
+_DOWNLOAD_BYTES = 1 << 16
+"""A download that breaks off loses at most this much."""
 _TIMEOUT_S = 30
 
 
@@ -28,7 +30,7 @@ def local_raw(config: DataConfig) -> list[Path] | None:
     ``data.raw`` (file, folder or glob; must exist), ``$HSTU_DATA_DIR/<name>``, ``<root>/raw/<name>``.
     """
     if config.raw is not None:
-        return [_unpacked(p, config) for p in _given(config.raw)]
+        return [unpacked(p, config) for p in _given(config.raw)]
     shared = os.environ.get(DATA_DIR_VARIABLE)
     folders = [Path(shared).expanduser() / config.name] if shared else []
     for path in [*folders, _raw_folder(config)]:
@@ -49,7 +51,7 @@ def fetch_raw(config: DataConfig, quiet: bool = False) -> list[Path]:
         )
     archive = _raw_folder(config).parent / Path(config.url).name
     download(config.url, archive, config, quiet)
-    return [_unpacked(archive, config)]
+    return [unpacked(archive, config)]
 
 
 def _raw_folder(config: DataConfig) -> Path:
@@ -75,7 +77,7 @@ def _given(raw: str) -> list[Path]:
 # Archives
 
 
-def _unpacked(path: Path, config: DataConfig) -> Path:
+def unpacked(path: Path, config: DataConfig) -> Path:
     """The folder or file that ``path`` unpacks to under ``<root>/raw``; ``path`` itself where it is no archive."""
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in (".zip", ".gz"):
@@ -152,7 +154,7 @@ def _download_part(url: str, partial: Path, target: Path, config: DataConfig, qu
             total = length + have if resumed and length else length
             done = have if resumed else 0
             with open(partial, "ab" if resumed else "wb") as out, _progress(target.name, total, done, quiet) as advance:
-                for chunk in answer.iter_content(_CHUNK_BYTES):
+                for chunk in answer.iter_content(_DOWNLOAD_BYTES):
                     out.write(chunk)
                     done += len(chunk)
                     advance(len(chunk))

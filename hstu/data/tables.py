@@ -100,11 +100,38 @@ def read_tables(files: list[Path], layouts: list[Layout], work: Path, rejects: R
         found, last = _read_file(file, layout, rows, work / f"part-{number:06d}", rejects)
         parts += found
         rows += last
+    _check_types(parts, files)
     num_rows = sum(pl.scan_ipc(p).select(pl.len()).collect().item() for p in parts)
     if num_rows == 0:
         detail = f"; the first bad one: {rejects.first}" if rejects.first else ""
         raise UserError(f"no usable row in {files[0]}{' and the other files' if len(files) > 1 else ''}{detail}")
     return Table(parts, files, first_rows, num_rows, layouts[0].time.per_second)
+
+
+def _check_types(parts: list[Path], files: list[Path]) -> None:
+    """Shards of the same log must agree on the type of an id."""
+    first: dict[str, tuple[pl.DataType, Path]] = {}
+    for part in parts:
+        file = files[int(part.stem.split("-")[1])]
+        for name, dtype in pl.read_ipc_schema(part).items():
+            before = first.setdefault(name, (dtype, file))
+            if before[0] != dtype:
+                column = name.partition(".")[2] or name
+                raise UserError(
+                    f"{file}: column {column} has type {dtype}, but {before[0]} in {before[1]}: convert one of them"
+                )
+
+
+def row_texts(file: Path, rows: set[int]) -> dict[int, str]:
+    """The text of some rows of a text file, for the rejects."""
+    texts: dict[int, str] = {}
+    with open(file, encoding="utf-8", errors="replace") as source:
+        for number, line in enumerate(source, start=1):
+            if number in rows:
+                texts[number] = line.rstrip("\r\n")
+                if len(texts) == len(rows):
+                    break
+    return texts
 
 
 def _read_file(file: Path, layout: Layout, before: int, stem: Path, rejects: Rejects) -> tuple[list[Path], int]:
@@ -162,6 +189,8 @@ def _checked(frame: pl.LazyFrame, layout: Layout, before: int, header_lines: int
         if f.kind != "blank":
             values.append(value.alias(f.role))
         bad += [condition for condition, _ in checks]
+        if layout.format == "jsonl" and schema[f.role] == pl.String:  # polars writes a nested value as its text
+            bad.append(pl.col(f.role).str.contains(r"^[\[{]"))
     frame = frame.with_row_index(ROW, offset=0)
     row = (pl.col(ROW).cast(pl.Int64) + (before + header_lines + 1)).alias(ROW)
     return frame.select(*values, row, pl.any_horizontal(bad).fill_null(True).alias("bad"))
@@ -176,6 +205,7 @@ def _sink(frame: pl.LazyFrame, part: Path) -> None:
 
 
 def _raise_if_disk_full(error: Exception) -> None:
+    """polars has no error class for a full disk."""
     if "os error 28" in str(error) or "No space left" in str(error):
         raise OSError(28, "No space left on device") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import itertools
 import json
@@ -14,6 +15,7 @@ import polars as pl
 from hstu.config import DataConfig
 from hstu.data.build import RawLog
 from hstu.data.fields import Field, TimeFormat, find_time_format
+from hstu.data.sources import unpacked
 from hstu.data.tables import Layout, Rejects, json_text, read_tables
 from hstu.errors import UserError
 
@@ -23,7 +25,6 @@ FORMATS = {
 }  # fmt: skip
 SEPARATORS = (",", "\t", ";", "|")
 _SAMPLE_ROWS = 1000
-_WHERE = {"user": "data.columns.user", "item": "data.columns.item", "time": "data.columns.time"}
 
 
 def files(config: DataConfig, raw: list[Path]) -> list[Path]:
@@ -31,6 +32,7 @@ def files(config: DataConfig, raw: list[Path]) -> list[Path]:
     shards: list[Path] = []
     for path in raw:
         shards += _in_folder(path, config) if path.is_dir() else [path]
+    shards = [unpacked(shard, config) for shard in shards]
     items = Path(config.items_file).expanduser() if config.items_file else None
     if items is not None and not items.is_file():
         raise UserError(f"data.items_file={config.items_file}: no such file")
@@ -44,10 +46,11 @@ def files(config: DataConfig, raw: list[Path]) -> list[Path]:
 def _in_folder(folder: Path, config: DataConfig) -> list[Path]:
     """Files of the format, below ``folder``; hidden files and those named ``_SUCCESS`` and the like are none."""
     found = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "_"))]
-    found = sorted(p for p in found if p.suffix.lower() in FORMATS)
-    kinds = {FORMATS[p.suffix.lower()] for p in found}
-    if config.format != "auto":
-        return [p for p in found if FORMATS[p.suffix.lower()] == config.format]
+    kind = {p: FORMATS.get(Path(p.name.removesuffix(".gz")).suffix.lower()) for p in sorted(found)}
+    found = [
+        p for p in kind if kind[p] is not None and kind[p] == (config.format if config.format != "auto" else kind[p])
+    ]
+    kinds = {str(kind[p]) for p in found}
     if len(kinds) > 1:
         raise UserError(f"{folder} holds {' and '.join(sorted(kinds))} files: say which with data.format")
     return found
@@ -190,8 +193,6 @@ def _is_number(text: str) -> bool:
 
 def _numbered(config: DataConfig) -> DataConfig:
     """Without a header the default names stand for the first three columns."""
-    import dataclasses
-
     columns = config.columns
     defaults = {"user": ("user", "1"), "item": ("item", "2"), "time": ("timestamp", "3")}
     changed = {k: number for k, (name, number) in defaults.items() if getattr(columns, k) == name}
@@ -264,8 +265,6 @@ def _parquet_layout(path: Path, config: DataConfig, time: TimeFormat | None) -> 
 
 def _same_types(layouts: list[Layout], shards: list[Path]) -> list[Layout]:
     """Shards must agree on what is a number: one with event names makes the action a name in all."""
-    import dataclasses
-
     if not any(f.kind == "name" for layout in layouts for f in layout.fields):
         return layouts
     return [
