@@ -101,7 +101,7 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
         counts = {"items": built.num_items, "items_with_events": built.num_rated}
-        raw = [
+        raw: list[dict[str, Any]] = [
             {"file": file.name, "bytes": file.stat().st_size, "sha256": digest.result()}
             for file, digest in zip(files, digests, strict=True)
         ]

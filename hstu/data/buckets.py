@@ -46,7 +46,7 @@ class Buckets:
     def _write(self, b: int, events: Events, mode: str) -> None:
         for name, dtype in self.dtypes.items():
             with open(self._path(b, name), mode) as file:
-                column = np.ascontiguousarray(events[name], dtype)
+                column: np.ndarray = np.ascontiguousarray(events[name], dtype)
                 file.write(column.view(np.uint8).data if column.size else b"")
 
     def _path(self, b: int, name: str) -> Path:

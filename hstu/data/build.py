@@ -180,9 +180,9 @@ def _bucket_events(
         name = role.partition(".")[2]
         extra[role] = "actions" if role == "action" else f"columns/{name}"
         if role.startswith("feature.") or (role == "action" and not dtype.is_numeric()):
-            values = _feature_values(frame, role)
-            writer.save(f"features/{name or 'action'}", _to_numpy(values))
-            codes = pl.LazyFrame({role: values, f"{role} code": pl.Series(range(1, len(values) + 1), dtype=pl.Int32)})
+            known = _feature_values(frame, role)
+            writer.save(f"features/{name or 'action'}", _to_numpy(known))
+            codes = pl.LazyFrame({role: known, f"{role} code": pl.Series(range(1, len(known) + 1), dtype=pl.Int32)})
             coded = coded.join(codes, on=role, how="left")
             columns.append(pl.col(f"{role} code").fill_null(0).alias(role))
             dtypes[role] = np.float32 if role == "action" else np.int32
@@ -203,8 +203,8 @@ def _bucket_events(
         for name, values in log.row_columns.items():
             events[name] = values[events["row"] - 1]
         if events["item"].min(initial=0) < 0:  # an item outside the catalogue, already among the rejects
-            known = events["item"] >= 0
-            events = {name: column[known] for name, column in events.items()}
+            listed = events["item"] >= 0
+            events = {name: column[listed] for name, column in events.items()}
         buckets.append(events)
     return buckets, extra
 

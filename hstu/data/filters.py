@@ -67,7 +67,7 @@ def minimum_counts(
     counts: of the whole log.
 
     one-pass: rows go whose item or user occurs too rarely in the whole log; the items of what is left are the
-    vocabulary; then users left with too few events go (PROTOCOL section 1, Amazon Books).
+    vocabulary; then users left with too few events go (Amazon Books as published).
     iterative: until every user and item has enough (k-core).
     """
     user_counts, item_counts = counts

@@ -1,4 +1,4 @@
-"""Order of events inside a user: by time, ties as the protocol says (PROTOCOL section 1). numpy only."""
+"""Order of events inside a user: by time, ties as the protocol says (docs/data.md). numpy only."""
 
 from __future__ import annotations
 

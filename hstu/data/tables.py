@@ -153,8 +153,8 @@ def _read_file(file: Path, layout: Layout, before: int, stem: Path, rejects: Rej
 
 def _scan_text(file: Path, layout: Layout) -> pl.LazyFrame:
     if layout.format == "jsonl":
-        schema = {f.column: _native_type(f, layout.time) for f in layout.fields}
-        return pl.scan_ndjson(file, schema=schema).select(pl.col(f.column).alias(f.role) for f in layout.fields)
+        types = {f.column: _native_type(f, layout.time) for f in layout.fields}
+        return pl.scan_ndjson(file, schema=types).select(pl.col(f.column).alias(f.role) for f in layout.fields)
     assert layout.separator is not None
     step = len(layout.separator)
     names = [f"c{i}" for i in range((layout.num_columns - 1) * step + 1)]

@@ -134,7 +134,7 @@ def test_a_minimum_on_a_catalogue_drops_its_rare_films(tmp_path: Path) -> None:
 
 
 def books_by_hand(rows: list[tuple[str, str]], least: int) -> tuple[set[str], dict[str, int]]:
-    """PROTOCOL section 1, Amazon Books, word for word."""
+    """The one-pass filter of docs/data.md, word for word."""
     users: dict[str, int] = {}
     items: dict[str, int] = {}
     for user, item in rows:

@@ -12,9 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hstu.data.importers import log as log_importer
 from hstu.errors import UserError
-from tests.data.logs import log_config, nothing_left, prepare_log, random_log, sequences
+from tests.data.logs import nothing_left, prepare_log, random_log, sequences
 
 EXPECTED = {"ann": [("x", 10), ("y", 20)], "bob": [("x", 5)]}
 ROWS = [("ann", "y", 20), ("bob", "x", 5), ("ann", "x", 10)]
@@ -441,5 +440,8 @@ def test_mixed_formats_in_a_folder(tmp_path: Path) -> None:
 
 def test_same_column_named_twice(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "log.csv")
-    with pytest.raises(UserError, match="names 'x' twice"):
-        log_importer._wanted(log_config(tmp_path, path, {"values": ["x", "x"]}))
+    for columns in ({"values": ["x", "x"]}, {"values": ["x"], "features": ["x"]}):
+        with pytest.raises(UserError, match="name 'x' twice"):
+            prepare_log(tmp_path, path, columns)
+    with pytest.raises(UserError, match="holds a slash"):
+        prepare_log(tmp_path, path, {"values": ["a/b"]})

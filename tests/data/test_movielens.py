@@ -148,7 +148,7 @@ def test_missing_file_and_wrong_header(tmp_path: Path) -> None:
 
 
 def test_order_of_the_real_ml_1m(ml_1m: SequenceStore) -> None:
-    """PROTOCOL section 1: how many ties there are, and that the permutation is one."""
+    """docs/data.md: how many ties there are, and that the permutation is one."""
     user = np.repeat(np.arange(ml_1m.num_users), np.diff(ml_1m.offsets))
     times = np.asarray(ml_1m.timestamps)
     neighbours = user[1:] == user[:-1]
@@ -164,7 +164,7 @@ def test_order_of_the_real_ml_1m(ml_1m: SequenceStore) -> None:
 
 
 def test_stable_and_reference_differ_on_the_real_ml_1m(ml_1m: SequenceStore, ml_1m_stable: SequenceStore) -> None:
-    """PROTOCOL section 1: another held-out item for 26 % of the users, half of the tied pairs in file order."""
+    """docs/data.md: another held-out item for 26 % of the users, half of the tied pairs in file order."""
     last = ml_1m.offsets[1:] - 1
     held_out, held_out_stable = ml_1m.item_ids[last], ml_1m_stable.item_ids[last]
     assert abs((held_out != held_out_stable).mean() - 0.26) < 0.015

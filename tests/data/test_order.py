@@ -33,7 +33,7 @@ def test_stable_keeps_file_order() -> None:
 
 
 def test_reference_is_a_fair_permutation() -> None:
-    """Of all pairs of neighbours in a tie, half keep their file order (PROTOCOL: 50.0 % in the shipped sort)."""
+    """Of all pairs of neighbours in a tie, half keep their file order (as an unstable sort leaves them)."""
     n = 200_000
     users = np.repeat(np.arange(n // 4), 4).astype(np.int32)
     order = sort_events(users, np.zeros(n, np.int64), np.arange(n), "reference", 0)

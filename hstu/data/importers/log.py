@@ -100,10 +100,12 @@ def _wanted(config: DataConfig) -> list[tuple[str, str, str, str]]:
         wanted.append(("action", "float", columns.action, "data.columns.action"))
     wanted += [(f"value.{c}", "float", c, "data.columns.values") for c in columns.values]
     wanted += [(f"feature.{c}", "feature", c, "data.columns.features") for c in columns.features]
-    names = [w[0] for w in wanted]
+    names = [*columns.values, *columns.features]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"data.columns names {name.partition('.')[2]!r} twice")
+            raise UserError(f"data.columns.values and data.columns.features name {name!r} twice")
+        if "/" in name:
+            raise UserError(f"data.columns: {name!r} holds a slash and cannot name a file of the store: rename it")
     return wanted
 
 
@@ -195,7 +197,7 @@ def _numbered(config: DataConfig) -> DataConfig:
     """Without a header the default names stand for the first three columns."""
     columns = config.columns
     defaults = {"user": ("user", "1"), "item": ("item", "2"), "time": ("timestamp", "3")}
-    changed = {k: number for k, (name, number) in defaults.items() if getattr(columns, k) == name}
+    changed: dict[str, Any] = {k: number for k, (name, number) in defaults.items() if getattr(columns, k) == name}
     return dataclasses.replace(config, columns=dataclasses.replace(columns, **changed))
 
 

@@ -45,7 +45,7 @@ GENRES_100K = (
 def files(config: DataConfig, raw: list[Path]) -> list[Path]:
     """Ratings, movies and, where it lies beside them, the flags of estimated timestamps."""
     form = FORMATS[config.source]
-    found = []
+    found: list[Path] = []
     for name in (form.ratings, form.movies):
         path = find_in_folder(raw, name)
         if path is None and found and (found[0].parent / name).is_file():
