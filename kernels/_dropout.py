@@ -22,12 +22,17 @@ def keep_scale(shape: torch.Size, rate: float, seed: int, like: Tensor) -> Tenso
     dropped = round(rate * LEVELS)
     factor = LEVELS / (LEVELS - dropped)
     if like.device.type == "cpu":
-        draws = np.random.Generator(np.random.SFC64(seed)).integers(0, LEVELS, size=shape.numel(), dtype=np.uint16)
-        kept = torch.from_numpy((draws >= dropped).view(np.uint8)).view(shape)
-        return kept.to(like.dtype).mul_(factor)
+        return keep_mask(shape, rate, seed).to(like.dtype).mul_(factor)
     generator = torch.Generator(device=like.device).manual_seed(seed)
     draws_d = torch.randint(0, LEVELS, shape, device=like.device, dtype=torch.int32, generator=generator)
     return (draws_d >= dropped).to(like.dtype) * factor
+
+
+def keep_mask(shape: torch.Size, rate: float, seed: int) -> Tensor:
+    """The CPU mask before scaling: uint8, 0 with probability ``rate`` (to 1/65536), else 1."""
+    dropped = round(rate * LEVELS)
+    draws = np.random.Generator(np.random.SFC64(seed)).integers(0, LEVELS, size=shape.numel(), dtype=np.uint16)
+    return torch.from_numpy((draws >= dropped).view(np.uint8)).view(shape)
 
 
 @torch.library.custom_op("hstu::seeded_dropout", mutates_args=())

@@ -1,20 +1,21 @@
 """Causal softmax attention over a jagged batch, for the baselines.
 
-Legend: L total events, H heads, A head width, b users of a padded group, n its length.
+Legend: L total events, H heads, A head width, b users of a padded group, n its length, r query rows of a block.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels._dropout import seeded_dropout
-from kernels.attention import AttentionPlan
-from kernels.attention.plan import Group, groups
-
 from hstu.seeding import derive
+from kernels._dropout import keep_mask, seeded_dropout
+from kernels.attention import AttentionPlan
+from kernels.attention.cpu import BlockWalk, heads_first, rows_first
 
 
 def causal_softmax_attention(
@@ -31,32 +32,96 @@ def causal_softmax_attention(
     Returns:
         [L, H, A].
     """
-    rows, slots, parts = _padding(plan, q.shape[0])
-    outputs = []
-    for index, group in enumerate(parts):
-        chosen = rows[group.slots]
-        shape = (group.num_users, group.length, *q.shape[1:])
-        qp, kp, vp = (x.index_select(0, chosen).view(shape).transpose(1, 2) for x in (q, k, v))  # [b, H, n, A]
-        if seed is None or dropout == 0.0:
-            out = torch.nn.functional.scaled_dot_product_attention(qp, kp, vp, is_causal=True)
-        else:
-            hidden = torch.full((group.length, group.length), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-            weight = torch.softmax(qp @ kp.mT / math.sqrt(q.shape[2]) + hidden, dim=-1)
-            out = seeded_dropout(weight, dropout, derive(seed, index)) @ vp
-        outputs.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
-    return torch.cat(outputs).index_select(0, slots) if outputs else torch.zeros_like(q)
+    rate = dropout if seed is not None else 0.0
+    if plan.schedule is not None:
+        return _Blocked.apply(q, k, v, plan, rate, seed or 0)  # type: ignore[no-any-return]
+    return _padded(q, k, v, plan, rate, seed)
 
 
-def _padding(plan: AttentionPlan, num_events: int) -> tuple[Tensor, Tensor, list[Group]]:
-    """rows [slots], slots [L] and the groups; a plan made on a GPU is padded as a single group."""
-    if plan.schedule is not None and plan.rows is not None and plan.slots is not None:
-        return plan.rows, plan.slots, list(groups(plan.schedule))
-    offsets, n = plan.offsets, plan.max_len
-    num_users = offsets.shape[0] - 1
-    within = torch.arange(n, device=offsets.device)
+class _Blocked(torch.autograd.Function):
+    """CPU path: the groups and row blocks of the HSTU attention; the backward recomputes weights and mask."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rate: float, seed: int) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.plan, ctx.rate, ctx.seed = plan, rate, seed
+        walk, rows, slots = _walk(plan, q, num_buffers=2)
+        padded = torch.empty(rows.shape[0], *v.shape[1:], dtype=walk.work)
+        for number, group in enumerate(walk.groups):
+            index = rows[group.slots]
+            qp, kp, vp = (heads_first(x, index, group) for x in (q, k, v))
+            out = torch.empty_like(qp)
+            for start, stop, weight, mask in _weights(walk, qp, kp, group, rate, derive(seed, number)):
+                if mask is not None:
+                    weight.mul_(mask)
+                out[:, start:stop] = torch.bmm(weight, vp[:, :stop])
+            padded[group.slots] = rows_first(out, walk.num_heads)
+        return padded.div_(1.0 - rate).index_select(0, slots).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        q, k, v = ctx.saved_tensors
+        walk, rows, slots = _walk(ctx.plan, q, num_buffers=3)
+        padded_grad = torch.zeros(rows.shape[0], *grad.shape[1:], dtype=walk.work)
+        padded_grad[slots] = grad.to(walk.work) / (1.0 - ctx.rate)
+        totals = [torch.empty_like(padded_grad) for _ in range(3)]
+        every_slot = torch.arange(rows.shape[0])
+        for number, group in enumerate(walk.groups):
+            index = rows[group.slots]
+            qp, kp, vp = (heads_first(x, index, group) for x in (q, k, v))
+            gp = heads_first(padded_grad, every_slot[group.slots], group)
+            dq, dk, dv = torch.empty_like(qp), torch.zeros_like(kp), torch.zeros_like(vp)
+            for start, stop, weight, mask in _weights(walk, qp, kp, group, ctx.rate, derive(ctx.seed, number)):
+                g = gp[:, start:stop]
+                d_weight = torch.bmm(g, vp[:, :stop].mT, out=walk.buffer(2, weight.shape))
+                dropped = weight
+                if mask is not None:
+                    d_weight.mul_(mask)
+                    dropped = weight * mask
+                dv[:, :stop] += torch.bmm(dropped.mT, g)
+                d_score = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+                dq[:, start:stop] = torch.bmm(d_score, kp[:, :stop])
+                dk[:, :stop] += torch.bmm(d_score.mT, qp[:, start:stop])
+            for total, part in zip(totals, (dq, dk, dv), strict=True):
+                total[group.slots] = rows_first(part, walk.num_heads)
+        d_q, d_k, d_v = (x.index_select(0, slots) for x in totals)
+        scale = 1.0 / math.sqrt(q.shape[2])
+        return d_q.mul_(scale).to(q.dtype), d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype), None, None, None
+
+
+def _walk(plan: AttentionPlan, q: Tensor, num_buffers: int) -> tuple[BlockWalk, Tensor, Tensor]:
+    assert plan.schedule is not None and plan.rows is not None and plan.slots is not None
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    walk = BlockWalk(plan.schedule, plan.rows, None, None, None, q.shape[1], work, num_buffers)
+    return walk, plan.rows, plan.slots
+
+
+def _weights(
+    walk: BlockWalk, q: Tensor, k: Tensor, group: Any, rate: float, seed: int
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """(start, stop, softmax weights [b*H, r, stop], dropout mask of 0 and 1 or None) of each row block."""
+    scale = 1.0 / math.sqrt(q.shape[2])
+    for start, stop, _ in walk.blocks(group):
+        score = walk.scores(q, k, start, stop, None, scale)
+        weight = torch.softmax(score, dim=-1, out=walk.buffer(1, score.shape))
+        mask = keep_mask(score.shape, rate, derive(seed, start)).to(walk.work) if rate > 0 else None
+        yield start, stop, weight, mask
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rate: float, seed: int | None) -> Tensor:
+    """Any device: the whole batch padded to its longest user."""
+    offsets, n, device = plan.offsets, plan.max_len, q.device
+    num_users, num_events = offsets.shape[0] - 1, q.shape[0]
+    within = torch.arange(n, device=device)
     rows = torch.minimum(offsets[:-1, None] + within, (offsets[1:, None] - 1).clamp(min=0)).view(-1)
-    owner = torch.repeat_interleave(
-        torch.arange(num_users, device=offsets.device), offsets.diff(), output_size=num_events
-    )
-    slots = torch.arange(num_events, device=offsets.device) - offsets[owner] + owner * n
-    return rows, slots, [Group(num_users, n, slice(0, num_users * n))]
+    owner = torch.repeat_interleave(torch.arange(num_users, device=device), offsets.diff(), output_size=num_events)
+    slots = torch.arange(num_events, device=device) - offsets[owner] + owner * n
+    shape = (num_users, n, *q.shape[1:])
+    qp, kp, vp = (x.index_select(0, rows).view(shape).transpose(1, 2) for x in (q, k, v))  # [b, H, n, A]
+    if seed is None or rate == 0.0:
+        out = torch.nn.functional.scaled_dot_product_attention(qp, kp, vp, is_causal=True)
+    else:
+        hidden = torch.full((n, n), -torch.inf, dtype=q.dtype, device=device).triu_(1)
+        weight = torch.softmax(qp @ kp.mT / math.sqrt(q.shape[2]) + hidden, dim=-1)
+        out = seeded_dropout(weight, rate, seed) @ vp
+    return out.transpose(1, 2).reshape(-1, *q.shape[1:]).index_select(0, slots)

@@ -17,7 +17,7 @@ MASKED = -1e4
 """Added where a key is not visible: SiLU and its derivative are exactly 0 there, in float32 and float64."""
 
 
-def _heads_first(x: Tensor, index: Tensor, group: Group) -> Tensor:
+def heads_first(x: Tensor, index: Tensor, group: Group) -> Tensor:
     """Rows of x [L, H, W] as [b*H, n, W] in the work dtype."""
     num_heads, width = x.shape[1:]
     padded = x.reshape(x.shape[0], num_heads * width).index_select(0, index)
@@ -26,7 +26,7 @@ def _heads_first(x: Tensor, index: Tensor, group: Group) -> Tensor:
     return padded.transpose(1, 2).reshape(-1, group.length, width).to(work)
 
 
-def _rows_first(x: Tensor, num_heads: int) -> Tensor:
+def rows_first(x: Tensor, num_heads: int) -> Tensor:
     """[b*H, n, W] as padded rows [b*n, H, W]."""
     n, width = x.shape[1:]
     return x.view(-1, num_heads, n, width).transpose(1, 2).reshape(-1, num_heads, width)
@@ -43,7 +43,7 @@ def _position_bias(weight: Tensor | None, length: int, work: torch.dtype) -> Ten
     return reach[:, length - 1 + i[None, :] - i[:, None]] + hidden
 
 
-class _Blocks:
+class BlockWalk:
     """Walks the (group, row block) pairs of a plan and recomputes the scores of each."""
 
     def __init__(self, schedule: Tensor, rows: Tensor, buckets: Tensor | None, position_weight: Tensor | None,
@@ -96,17 +96,17 @@ def attention_fwd_cpu(q: Tensor, k: Tensor, v: Tensor, schedule: Tensor, rows: T
     """Output [L, H, V] in v's dtype. Arguments as in the op; schedule .. buckets from the plan."""
     num_heads = q.shape[1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    walk = _Blocks(schedule, rows, buckets, position_weight, time_weight, num_heads, work, num_buffers=1)
+    walk = BlockWalk(schedule, rows, buckets, position_weight, time_weight, num_heads, work, num_buffers=1)
     padded = torch.empty(rows.shape[0], num_heads, v.shape[2], dtype=work)
     for group in walk.groups:
         index = rows[group.slots]
-        qp, kp, vp = (_heads_first(x, index, group) for x in (q, k, v))
+        qp, kp, vp = (heads_first(x, index, group) for x in (q, k, v))
         out = torch.empty(qp.shape[0], group.length, v.shape[2], dtype=work)
         for start, stop, bucket in walk.blocks(group):
             weight = walk.scores(qp, kp, start, stop, bucket, scale)
             torch.nn.functional.silu(weight, inplace=True)
             out[:, start:stop] = torch.bmm(weight, vp[:, :stop])
-        padded[group.slots] = _rows_first(out, num_heads)
+        padded[group.slots] = rows_first(out, num_heads)
     padded.mul_(1.0 / divisor)
     return padded.index_select(0, slots).to(v.dtype)
 
@@ -117,7 +117,7 @@ def attention_bwd_cpu(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: T
     """Gradients of q, k, v and of both tables (empty where a table is None). Scores are recomputed."""
     num_heads = q.shape[1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    walk = _Blocks(schedule, rows, buckets, position_weight, time_weight, num_heads, work, num_buffers=3)
+    walk = BlockWalk(schedule, rows, buckets, position_weight, time_weight, num_heads, work, num_buffers=3)
     is_pad = torch.ones(rows.shape[0], dtype=torch.bool)
     is_pad[slots] = False
     grads = [torch.empty(rows.shape[0], *x.shape[1:], dtype=work) for x in (q, k, v)]
@@ -127,7 +127,7 @@ def attention_bwd_cpu(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: T
     time_grad = torch.zeros((0, 0) if time_weight is None else time_weight.shape, dtype=torch.float64)
     for group in walk.groups:
         index = rows[group.slots]
-        qp, kp, vp, gp = (_heads_first(x, index, group) for x in (q, k, v, grad))
+        qp, kp, vp, gp = (heads_first(x, index, group) for x in (q, k, v, grad))
         gp.view(group.num_users, num_heads, group.length, -1).masked_fill_(
             is_pad[group.slots].view(group.num_users, 1, group.length, 1), 0.0
         )
@@ -150,7 +150,7 @@ def attention_bwd_cpu(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: T
             if bucket is not None and time_weight is not None:
                 _add_by_bucket(time_grad, by_user, bucket)
         for total, part in zip(grads, (dq, dk, dv), strict=True):
-            total[group.slots] = _rows_first(part, num_heads)
+            total[group.slots] = rows_first(part, num_heads)
     d_q, d_k, d_v = (x.index_select(0, slots) for x in grads)
     if scale != 1.0:
         d_q, d_k = d_q * scale, d_k * scale
