@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-BUCKET_EVENTS = 1 << 23
+BUCKET_EVENTS = 1 << 22
 
 Events = dict[str, np.ndarray]
 """Columns of equal length: ``user`` and ``item`` int32 codes, ``time`` and ``row`` int64, further columns."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +21,7 @@ from hstu.data.tables import Rejects, Table, row_texts
 from hstu.errors import UserError
 
 _CHUNK_ROWS = 1 << 19
+_SORT_THREADS = 2
 _MAX_CODES = 2**31 - 2
 _MAX_TABLE = 1 << 26
 """Largest raw id that is coded by a lookup table (256 MiB)."""
@@ -234,19 +238,37 @@ def _write_events(
             role: stack.enter_context(writer.column(name, buckets.dtypes[role], num_events))
             for role, name in extra.items()
         }
-        for b in range(len(buckets)):
-            events = buckets.read(b)
-            alive = np.flatnonzero(alive_users[events["user"]] & alive_items[events["item"]])
-            if len(alive) < len(events["user"]):
-                events = {name: column[alive] for name, column in events.items()}
-            order = sort_events(events["user"], events["time"], events["row"], config.protocol, config.protocol_seed)
-            if config.max_events is not None:
-                order = _latest(order, events["user"][order], config.max_events)
-            item_ids.append(ids[events["item"][order]])
-            timestamps.append(events["time"][order] // per_second)
+        for events in _ordered(buckets, alive_users, alive_items, config):
+            item_ids.append(ids[events["item"]])
+            timestamps.append(events["time"] // per_second)
             for role, column in others.items():
-                column.append(events[role][order])
-            buckets.remove(b)
+                column.append(events[role])
+
+
+def _ordered(
+    buckets: Buckets, alive_users: np.ndarray, alive_items: np.ndarray, config: DataConfig
+) -> Iterator[Events]:
+    """The events that stay, bucket by bucket, in the order of the store. Two buckets are sorted ahead in threads."""
+
+    def order_bucket(b: int) -> Events:
+        events = buckets.read(b)
+        buckets.remove(b)
+        alive = alive_users[events["user"]] & alive_items[events["item"]]
+        if not alive.all():
+            events = {name: column[alive] for name, column in events.items()}
+        users, protocol, seed = events["user"], config.protocol, config.protocol_seed
+        order = sort_events(users, events["time"], events["row"], protocol, seed)
+        if config.max_events is not None:
+            order = _latest(order, users[order], config.max_events)
+        return {name: column[order] for name, column in events.items() if name not in ("user", "row")}
+
+    with ThreadPoolExecutor(_SORT_THREADS) as pool:
+        ahead = deque(pool.submit(order_bucket, b) for b in range(min(_SORT_THREADS, len(buckets))))
+        for b in range(len(buckets)):
+            events = ahead.popleft().result()
+            if b + _SORT_THREADS < len(buckets):
+                ahead.append(pool.submit(order_bucket, b + _SORT_THREADS))
+            yield events
 
 
 def _latest(order: np.ndarray, users: np.ndarray, limit: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def make_split(store: SequenceStore, selection: str = "validation") -> Split:
     events lie in [Tv, T) as from T on, and the first event of [Tv, T) is the validation target.
     A target without any event before it is none.
 
-    selection: ``validation``, or ``reference`` (nothing held out but the test targets, as the published numbers were made).
+    selection: ``validation``, or ``reference`` (only the test targets are held out, as for the published numbers).
     """
     if selection not in ("validation", "reference"):
         raise ValueError(f"selection={selection!r}: expected validation or reference")
