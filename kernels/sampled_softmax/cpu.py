@@ -64,8 +64,9 @@ def sampled_softmax_fwd(
 
 def _add_products_cpu(logits: Tensor, queries: Tensor, table: Tensor, ids: Tensor, scale: float) -> None:
     """logits[l, c] += scale * queries[l] . table[ids[l, c]], as a product sampled at a sparse pattern."""
-    queries, table = _padded(queries), _padded(table)
     columns = ids.shape[1]
+    # torch cuts a pattern to rows * V elements, under our feet if a row had more than V: then V is made larger.
+    queries, table = _padded(queries), F.pad(_padded(table), (0, 0, 0, max(0, columns - table.shape[0])))
     rows = min(ids.shape[0], (2**31 - 1) // columns)  # the pattern is int32
     crow = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
     for part in row_chunks(ids.shape[0], rows):

@@ -166,6 +166,9 @@ def bank_softmax(
         if value is not None and tuple(value.shape) != (size,):
             raise ValueError(f"{name} has shape {list(value.shape)}: expected [{size}]")
     _common.check_positive(temperature=temperature, eps=eps, chunk_mib=chunk_mib)
+    if not torch.compiler.is_compiling():  # ids are read here, before the rows are looked up
+        _common.check_range_on_cpu("labels", labels, table.shape[0] - 1)
+        _common.check_range_on_cpu("bank_ids", bank_ids, table.shape[0] - 1)
     dtype = _common.compute_dtype(queries, table)
     # Only the rows that take part are normalised and get a gradient.
     q, bank = _common.prepare(queries, torch.nn.functional.embedding(bank_ids.long(), table), l2_normalize, eps)
