@@ -76,7 +76,9 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, position_wei
             )
     if time_weight is not None:
         if plan.query_time is None or plan.time_buckets is None:
-            raise ValueError("time_weight: the plan holds no times; give query_time, key_time, time_buckets to make_plan")
+            raise ValueError(
+                "time_weight: the plan holds no times; give query_time, key_time, time_buckets to make_plan"
+            )
         expected = plan.time_buckets.count
         if time_weight.dim() != 2 or time_weight.shape[0] not in (1, q.shape[1]) or time_weight.shape[1] != expected:
             raise ValueError(f"time_weight: expected [1 or {q.shape[1]}, {expected}], got {list(time_weight.shape)}")

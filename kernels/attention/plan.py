@@ -46,11 +46,11 @@ class TimeBuckets:
     def thresholds(self) -> Tensor:
         """[count-1] int64, s: smallest whole gap of bucket 1, 2, ...; for kernels, which then need no logarithm.
 
-        Equal to :meth:`of` for gaps below 2^53 s; thresholds beyond that are the largest int64.
+        Equal to :meth:`of` for gaps below 2^40 s (35,000 years).
         """
         limit = torch.iinfo(torch.int64).max
         steps = (b * self.width for b in range(1, self.count))
-        return torch.tensor([math.ceil(math.exp(x)) if x < 53 * math.log(2) else limit for x in steps])
+        return torch.tensor([math.ceil(math.exp(x)) if x < 62 * math.log(2) else limit for x in steps])
 
 
 @dataclass(frozen=True)

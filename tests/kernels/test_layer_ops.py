@@ -1,0 +1,128 @@
+"""norm_linear_silu, gate_norm_linear and the seeded dropout: hand-worked numbers, reference, gradients, errors.
+
+Legend: L total events, D model width, W = H*V gate width.
+"""
+
+import math
+
+import pytest
+import torch
+
+from kernels._dropout import keep_scale, seeded_dropout
+from kernels.gate_norm_linear import gate_norm_linear
+from kernels.gate_norm_linear.reference import gate_norm_linear_reference
+from kernels.norm_linear_silu import norm_linear_silu
+from kernels.norm_linear_silu.reference import norm_linear_silu_reference
+from tests.oracle import compare
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def gate_inputs(length, width, dim, dtype=torch.float32):
+    return {
+        "av": randn(length, width, dtype=dtype),
+        "u": randn(length, width, dtype=dtype, seed=1),
+        "weight": randn(width, dim, dtype=dtype),
+        "bias": randn(dim, dtype=dtype),
+        "residual": randn(length, dim, dtype=dtype, seed=2),
+    }
+
+
+def test_norm_linear_silu_by_hand():
+    # LayerNorm of (1, 3) is (-1, 1); times the columns (1, 0) and (0, 2): SiLU(-1), SiLU(2).
+    got = norm_linear_silu(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), eps=1e-12)
+    assert got.tolist()[0] == pytest.approx([-1 / (1 + math.e), 2 / (1 + math.exp(-2))], rel=1e-5)
+
+
+def test_gate_norm_linear_by_hand():
+    # LayerNorm of (2, 6) is (-1, 1); gated by (3, 5): (-3, 5); times (1, 1) + bias 0.5 + residual 10 = 12.5.
+    got = gate_norm_linear(
+        torch.tensor([[2.0, 6.0]]), torch.tensor([[3.0, 5.0]]), torch.ones(2, 1), torch.tensor([0.5]),
+        torch.tensor([[10.0]]), eps=1e-12,
+    )  # fmt: skip
+    assert got.item() == pytest.approx(12.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length, dim, out", [(1, 8, 32), (67, 50, 200), (5, 25, 8)])
+def test_norm_linear_silu_matches_reference(length, dim, out, dtype):
+    inputs = {"x": randn(length, dim, dtype=dtype), "weight": randn(dim, out, dtype=dtype)}
+    compare(norm_linear_silu, norm_linear_silu_reference, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout, seed", [(0.0, None), (0.3, 5)], ids=["evaluation", "dropout"])
+@pytest.mark.parametrize("length, width, dim", [(1, 8, 8), (67, 50, 25)])
+def test_gate_norm_linear_matches_reference(length, width, dim, dropout, seed, dtype):
+    compare(
+        lambda **x: gate_norm_linear(**x, dropout=dropout, seed=seed),
+        lambda **x: gate_norm_linear_reference(**x, dropout=dropout, seed=seed),
+        gate_inputs(length, width, dim, dtype),
+    )
+
+
+def test_strided_gate_and_no_events():
+    inputs = gate_inputs(9, 8, 4)
+    fused = torch.cat([inputs["u"], inputs["u"]], dim=1)
+    compare(gate_norm_linear, gate_norm_linear_reference, {**inputs, "u": fused[:, 8:]})
+    assert gate_norm_linear(**gate_inputs(0, 8, 4)).shape == (0, 4)
+    assert norm_linear_silu(torch.zeros(0, 8), torch.zeros(8, 3)).shape == (0, 3)
+
+
+def test_gradcheck():
+    x, w = randn(4, 3, dtype=torch.float64).requires_grad_(), randn(3, 5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(norm_linear_silu, (x, w))
+    leaves = [t.requires_grad_() for t in gate_inputs(4, 3, 2, torch.float64).values()]
+    assert torch.autograd.gradcheck(lambda *t: gate_norm_linear(*t, dropout=0.4, seed=3), leaves)
+
+
+def test_opcheck_and_compile():
+    x, w = randn(4, 3).requires_grad_(), randn(3, 5).requires_grad_()
+    torch.library.opcheck(torch.ops.hstu.norm_linear_silu.default, (x, w, 1e-6))
+    inputs = {n: t.requires_grad_() for n, t in gate_inputs(4, 3, 2).items()}
+    torch.library.opcheck(torch.ops.hstu.gate_norm_linear.default, (*inputs.values(), 1e-6, 0.4, 3))
+    torch.library.opcheck(torch.ops.hstu.seeded_dropout.default, (x, 0.5, 7))
+    layer = torch.compile(
+        lambda **t: gate_norm_linear(**t, dropout=0.4, seed=3), fullgraph=True, backend="aot_eager"
+    )  # fmt: skip
+    assert torch.equal(layer(**inputs), gate_norm_linear(**inputs, dropout=0.4, seed=3))
+
+
+def test_dropout_rate_scale_and_seed():
+    x = torch.ones(400, 500, requires_grad=True)
+    y = seeded_dropout(x, 0.2, 11)
+    share = float((y == 0).float().mean())
+    assert abs(share - 0.2) < 5 * math.sqrt(0.2 * 0.8 / x.numel())
+    assert torch.unique(y).tolist() == pytest.approx([0.0, 1.25], rel=1e-4)
+    assert torch.equal(y, seeded_dropout(x, 0.2, 11))
+    assert not torch.equal(y, seeded_dropout(x, 0.2, 12))
+    y.sum().backward()
+    assert torch.equal(x.grad, keep_scale(x.shape, 0.2, 11, x))
+
+
+def test_no_dropout_in_evaluation():
+    x = torch.randn(3, 3)
+    assert seeded_dropout(x, 0.5, None) is x
+    assert seeded_dropout(x, 0.0, 4) is x
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(4, 5)), "x \\[L, D\\]"),
+        (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(3, 5), eps=0.0), "eps"),
+        (lambda: norm_linear_silu(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 5)), "floating"),
+        (lambda: gate_norm_linear(**{**gate_inputs(2, 3, 4), "u": torch.zeros(2, 4)}), "av and u"),
+        (lambda: gate_norm_linear(**{**gate_inputs(2, 3, 4), "bias": torch.zeros(3)}), "weight"),
+        (lambda: gate_norm_linear(**{**gate_inputs(2, 3, 4), "residual": torch.zeros(2, 3)}), "residual"),
+        (lambda: gate_norm_linear(**gate_inputs(2, 3, 4), dropout=1.0, seed=1), "dropout"),
+        (lambda: seeded_dropout(torch.zeros(2), -0.1, 1), "rate"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
