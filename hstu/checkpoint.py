@@ -76,9 +76,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it to fall back to an older one") from None
+        raise UserError(
+            f"checkpoint {path} cannot be read ({reason}): delete it to fall back to an older one"
+        ) from None
     if state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state.get('format')}, expected {FORMAT}: use the release that wrote it")
+        raise UserError(
+            f"checkpoint {path} has format {state.get('format')}, expected {FORMAT}: use the release that wrote it"
+        )
     return state
 
 

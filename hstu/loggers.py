@@ -101,5 +101,7 @@ def make_loggers(names: list[str], folder: Path, config: dict[str, Any], first_s
                 made.append(MLflow(folder, config))
         except ImportError:
             rest = [n for n in names if n != name]
-            raise UserError(f"run.loggers: {name} is not installed; pip install {name}, or run.loggers={rest}") from None
+            raise UserError(
+                f"run.loggers: {name} is not installed; pip install {name}, or run.loggers={rest}"
+            ) from None
     return made

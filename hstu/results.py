@@ -147,6 +147,6 @@ def _print_notes(runs: list[Planned], evaluation: dict[str, Any], console: Conso
     if runs[0].config.run.selection == "reference":
         console.print("run.selection=reference: the best epoch was chosen on test, as the published numbers were.")
     if runs[0].config.published.metrics and runs[0].config.published.protocol != evaluation["protocol"]:
-        console.print(f"The published row is for protocol {runs[0].config.published.protocol}: not comparable, not shown.")
-
-
+        console.print(
+            f"The published row is for protocol {runs[0].config.published.protocol}: not comparable, not shown."
+        )

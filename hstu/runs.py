@@ -85,7 +85,9 @@ def check_same(old: Config, new: Config, folder: Path) -> None:
             pairs = [(f"{group}.{k}", old_values[group].get(k), new_values[group].get(k)) for k in keys]
         for name, a, b in pairs:
             if a != b and not (group == "run" and name[4:] in FREE_ON_RESUME):
-                raise UserError(f"{folder} holds a run with {name}={a!r}, now {b!r}: take another run.dir to start anew")
+                raise UserError(
+                    f"{folder} holds a run with {name}={a!r}, now {b!r}: take another run.dir to start anew"
+                )
 
 
 def open_store(config: Config) -> SequenceStore:
