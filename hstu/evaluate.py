@@ -75,7 +75,7 @@ def evaluate(
     kept, num_empty = with_history(store, targets)
     if len(kept) == 0:
         raise UserError(f"nothing to evaluate: none of the {len(targets)} held-out events has an event before it")
-    max_len = config.model.max_len
+    device, max_len = torch.device(device), config.model.max_len
     item_ids = np.asarray(store.item_ids)
     was_training = model.training
     model.eval()
@@ -274,7 +274,7 @@ def show(evaluation: Evaluation, config: Config, store: SequenceStore, part: str
         notes.append(f"left out, no event before the target: {evaluation.num_empty:,} users")
     if config.run.selection == "reference" and part == "test":
         notes.append("best epoch chosen on test (run.selection=reference)")
-    console.print("; ".join(notes))
+    console.print("; ".join(notes), soft_wrap=True)
 
 
 def plain_options(cfg: Any) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation:
     show(evaluation, config, store, part, console)
     path = run / ("evaluation.json" if part == "test" else "evaluation-validation.json")
     report.write_json(path, evaluation_json(config, store, evaluation, part, options["which"]) | {"seconds": seconds})
-    console.print(f"{seconds:.1f} s; written to {path}")
+    console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False)
     return evaluation
 
 

@@ -104,7 +104,9 @@ class Group:
     metrics: dict[str, float]
 
 
-def breakdown(ranks: np.ndarray, values: np.ndarray, edges: Sequence[float], names: Sequence[str], ks: Sequence[int]):
+def breakdown(
+    ranks: np.ndarray, values: np.ndarray, edges: Sequence[float], names: Sequence[str], ks: Sequence[int]
+) -> list[Group]:
     """Metrics for each range of ``values``: group ``g`` holds ``edges[g] <= value < edges[g + 1]``, the last is open.
 
     ranks, values: [M]. Groups without a ranking are left out; a value below ``edges[0]`` raises ValueError.

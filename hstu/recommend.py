@@ -239,11 +239,11 @@ class Recommender:
             ends = seen_offsets[1:]
             seen, seen_offsets = np.insert(seen, ends, self._rare), seen_offsets + np.arange(len(offsets))
         k = min(k, self.store.num_items)
-        scores, ids = self.model.table.topk(
+        best, found = self.model.table.topk(
             queries, k, tensor(seen).to(self.device), tensor(seen_offsets).to(self.device), self.config.eval.chunk_mib
         )
-        scores, ids = scores.float().cpu().numpy(), ids.cpu().numpy()
-        return scores, np.where(np.isfinite(scores), ids, 0)
+        scores = best.float().cpu().numpy()
+        return scores, np.where(np.isfinite(scores), found.cpu().numpy(), 0)
 
     def recommend(
         self,

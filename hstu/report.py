@@ -241,7 +241,7 @@ def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Re
     system = system or first["model"]
     metrics = []
     for evaluation in evaluations:
-        values = {}
+        values: dict[str, float] = {}
         for row in evaluation["rows"]:
             if row["system"] == system:
                 group = "" if row["group"] == "all users" else GROUP_SEPARATOR + row["group"]
@@ -372,11 +372,10 @@ def fill_readme(text: str, records: Sequence[tuple[str, Record]]) -> str:
         start, end = f"<!-- results:{block} -->", f"<!-- /results:{block} -->"
         if start not in text and end not in text:
             continue
-        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-        if len(pattern.findall(text)) != 1:
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             raise UserError(f"README block {block}: expected one {start} followed by one {end}")
-        content = f"{start}\n{readme_block(block, records)}\n{end}"
-        text = pattern.sub(lambda _, content=content: content, text)
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{readme_block(block, records)}\n{end}{rest.partition(end)[2]}"
         found = True
     if not found:
         raise UserError(

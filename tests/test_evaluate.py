@@ -194,6 +194,32 @@ def test_wrong_options_give_one_line(store, monkeypatch, capsys, options, messag
     assert error.count("\n") == 1
 
 
+def test_commands_on_a_run_that_was_trained_here(tmp_path, monkeypatch, capsys):
+    """Nothing faked: train one epoch, evaluate it, recommend from it."""
+    import hstu
+    from hstu.config import from_dict
+    from hstu.train import train
+
+    run = tmp_path / "run"
+    values = {
+        "data": {"root": str(tmp_path / "data"), "num_users": 80, "num_items": 60},
+        "model": {"name": "hstu", "dim": 8, "num_blocks": 1, "qk_dim": 8, "v_dim": 8, "max_len": 20},
+        "run": {"dir": str(run), "epochs": 1, "batch_users": 16, "device": "cpu", "progress": False, "loggers": []},
+        "eval": {"ks": [10], "bootstrap": 10, "filter_history": "none"},
+    }
+    assert train(from_dict(values)) == run
+    trained = json.loads((run / "evaluation.json").read_text())
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run_command(monkeypatch, f"run={run}", "device=cpu") == 0
+    assert "oracle (true process)" in capsys.readouterr().out
+    again = json.loads((run / "evaluation.json").read_text())
+    assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in trained["rows"]]
+    result = hstu.load(run, device="cpu").recommend(user=3, k=5)
+    assert len(result.items) == 5 and "user 3: recommended" in str(result)
+    assert (run / "curves.png").stat().st_size > 5000
+
+
 def test_validation_part_needs_validation_selection(store):
     with pytest.raises(UserError, match="held out no validation events"):
         ev.split_targets(make_split(store, "reference"), "validation")
