@@ -291,7 +291,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", self.lr, "> 0")
-        _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        betas_ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _check(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")
         _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
         _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
         _check(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "> 0 or null")
@@ -347,7 +348,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "run.epochs", self.epochs, ">= 1")
         _check(self.batch_users >= 1, "run.batch_users", self.batch_users, ">= 1")
-        _check(self.batch_tokens is None or self.batch_tokens >= 1, "run.batch_tokens", self.batch_tokens, ">= 1 or null")
+        tokens = self.batch_tokens
+        _check(tokens is None or tokens >= 1, "run.batch_tokens", tokens, ">= 1 or null")
         _one_of("run.selection", self.selection, ("validation", "reference"))
         _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16"))
@@ -382,7 +384,8 @@ class KernelsConfig:
     """What the ops run on."""
 
     backend: str = "auto"
-    """auto (triton on CUDA where an op has it, else torch), triton or torch; an explicit choice that cannot be met raises."""
+    """auto (triton on CUDA where an op has it, else torch), triton or torch; an explicit choice that cannot be met
+    raises."""
 
     def __post_init__(self) -> None:
         _one_of("kernels.backend", self.backend, ("auto", "triton", "torch"))

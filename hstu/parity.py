@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,9 +66,7 @@ def _attention(g: torch.Generator, device: torch.device) -> list[Case]:
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     times = torch.randint(0, 10**6, (length,), generator=g).sort().values
     request = times + 60
-    plan = make_plan(
-        offsets.to(device), max(LENGTHS), request.to(device), times.to(device), TimeBuckets()
-    )
+    plan = make_plan(offsets.to(device), max(LENGTHS), request.to(device), times.to(device), TimeBuckets())
     q, k = _draw(g, device, length, heads, qk_dim), _draw(g, device, length, heads, qk_dim)
     v = _draw(g, device, length, heads, v_dim)
     position, time = _draw(g, device, 1, 2 * width - 1), _draw(g, device, heads, 129)
@@ -110,8 +109,8 @@ def _gate_norm_linear(g: torch.Generator, device: torch.device) -> list[Case]:
             "dropout 0.2",
             tensors,
             5,
-            lambda *t: gate_norm_linear(*t, dropout=0.2, seed=7),
-            lambda *t: gate_norm_linear_reference(*t, dropout=0.2, seed=7),
+            partial(gate_norm_linear, dropout=0.2, seed=7),
+            partial(gate_norm_linear_reference, dropout=0.2, seed=7),
         ),
     ]
 
