@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from hstu.config import Config
@@ -23,7 +23,7 @@ class Display:
         self.console = Console()
         self._live = enabled and self.console.is_terminal
         self._bar: Progress | None = None
-        self._task = None
+        self._task = TaskID(0)
 
     def start_run(self, config: Config, store: SequenceStore, data: TrainBatches, parameters: dict[str, int],
                   device: torch.device, folder: Path, global_step: int) -> None:  # fmt: skip
@@ -33,9 +33,10 @@ class Display:
         name = str(store.meta.get("name", config.data.name))
         self.console.print(
             f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters "
-            f"({parameters['without_embeddings']:,} without embeddings), {config.loss.name}, {device}, seed {config.seed}\n"
-            f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches of {size} "
-            f"an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}\n"
+            f"({parameters['without_embeddings']:,} without embeddings), {config.loss.name}, {device}, "
+            f"seed {config.seed}\n"
+            f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches "
+            f"of {size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}\n"
             f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
             highlight=False,
         )
@@ -63,7 +64,7 @@ class Display:
     def validation(
         self, epoch: int, loss: float, part: str, values: dict[str, float], selected: str, improved: bool
     ) -> None:
-        shown = [n for n in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if n in values]
+        shown: list[str] = [n for n in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if n in values]
         if selected not in shown:
             shown.insert(0, selected)
         numbers = "  ".join(f"{n} {values[n]:.4f}" for n in shown if not math.isnan(values[n]))

@@ -77,6 +77,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
         "s_per_step": progress.seconds / max(1, progress.global_step),
         "events_per_s": progress.num_events / max(1e-9, progress.seconds),
     }
+    part = "test" if trainer.split.validation is None else "validation"
     report.write_json(
         folder / "result.json",
         {
@@ -84,7 +85,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
             "seed": config.seed,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
-            "selected_by": f"{config.run.select_metric} on {'test' if trainer.split.validation is None else 'validation'}",
+            "selected_by": f"{config.run.select_metric} on {part}",
             "select_metric_value": progress.best,
             "test": metrics.summarize(result.ranks, config.eval.ks),
             "num_users": len(result),
@@ -107,7 +108,8 @@ def show_results(runs: list[Planned], console: Console) -> None:
     names = metrics.metric_names(first.config.eval.ks)
     model = first.config.model.name
     for group in dict.fromkeys(row["group"] for row in main[0]["rows"]):
-        columns = dict(_baseline_columns(main[0], model, group, oracle=False))
+        columns: dict[str, dict[str, float | str]] = {}
+        columns |= _baseline_columns(main[0], model, group, oracle=False)
         for variant, entries in evaluations.items():
             columns[variant] = _over_seeds(entries, entries[0]["model"], group, names)
         columns |= _baseline_columns(main[0], model, group, oracle=True)
@@ -120,7 +122,7 @@ def show_results(runs: list[Planned], console: Console) -> None:
     _print_notes(runs, main[0], console)
 
 
-def _baseline_columns(evaluation: dict[str, Any], model: str, group: str, oracle: bool) -> dict[str, dict[str, float]]:
+def _baseline_columns(evaluation: dict[str, Any], model: str, group: str, oracle: bool) -> dict[str, Any]:
     rows = [r for r in evaluation["rows"] if r["group"] == group and r["system"] != model]
     return {r["system"]: r["metrics"] for r in rows if r["system"].startswith("oracle") == oracle}
 

@@ -47,8 +47,8 @@ def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str
             old = report.read_json(environment_path, "delete the run folder").get("split_hash")
             if old != store.meta.get("split_hash"):
                 raise UserError(
-                    f"{folder} was trained on split {old}, the store {store.path} holds {store.meta.get('split_hash')}: "
-                    "take another run.dir"
+                    f"{folder} was trained on split {old}, the store {store.path} holds "
+                    f"{store.meta.get('split_hash')}: take another run.dir"
                 )
     environment = {
         "versions": report.versions(),

@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -351,7 +351,7 @@ def main() -> int:
     from omegaconf import OmegaConf
 
     try:
-        run_hydra(lambda cfg: run_command(OmegaConf.to_container(cfg, resolve=True)), "config")
+        run_hydra(lambda cfg: run_command(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))), "config")
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

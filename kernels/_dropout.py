@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,10 +47,15 @@ def _(x, rate, seed):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
-_seeded_dropout.register_autograd(
-    lambda ctx, grad: (torch.ops.hstu.seeded_dropout(grad, ctx.rate, ctx.seed), None, None),
-    setup_context=lambda ctx, inputs, output: (setattr(ctx, "rate", inputs[1]), setattr(ctx, "seed", inputs[2]))[0],
-)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.rate, ctx.seed = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.ops.hstu.seeded_dropout(grad, ctx.rate, ctx.seed), None, None
+
+
+_seeded_dropout.register_autograd(_backward, setup_context=_setup_context)
 
 
 def seeded_dropout(x: Tensor, rate: float, seed: int | None) -> Tensor:

@@ -64,7 +64,8 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, position_wei
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"q, k, v: expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (q.device == k.device == v.device == plan.offsets.device):
-        raise ValueError(f"q, k, v, plan: expected one device, got {q.device}, {k.device}, {v.device}, {plan.offsets.device}")  # fmt: skip
+        devices = ", ".join(str(t.device) for t in (q, k, v, plan.offsets))
+        raise ValueError(f"q, k, v, plan: expected one device, got {devices}")
     if not divisor > 0:
         raise ValueError(f"divisor={divisor}: expected > 0")
     if position_weight is not None:

@@ -73,8 +73,9 @@ def _(av, u, weight, bias, residual, eps, rate, seed):  # type: ignore[no-untype
 
 
 @torch.library.custom_op("hstu::gate_norm_linear_backward", mutates_args=())
-def _gate_norm_linear_backward(grad: Tensor, av: Tensor, u: Tensor, weight: Tensor,
-                               eps: float, rate: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _gate_norm_linear_backward(
+    grad: Tensor, av: Tensor, u: Tensor, weight: Tensor, eps: float, rate: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed, mean, rstd = torch.native_layer_norm(av, av.shape[1:], None, None, eps)
     gated, mask = _gated(normed, u, rate, seed)
     g = grad.to(gated.dtype)
