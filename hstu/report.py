@@ -303,9 +303,7 @@ def _accuracy(records: Sequence[Record]) -> str:
                 suffix = GROUP_SEPARATOR + group if group else ""
                 cells = [_mean_std(record.metrics.get(m + suffix)) for m in README_METRICS]
                 seeds = ", ".join(map(str, record.seeds))
-                rows.append(
-                    [record.config.get("experiment") or record.model, selection, group or "all users", *cells, seeds]
-                )
+                rows.append([_system(record), selection, group or "all users", *cells, seeds])
             if record.published:
                 values = record.published["metrics"]
                 cells = [f"{values[m]:.4f}" if m in values else "" for m in README_METRICS]
@@ -315,6 +313,13 @@ def _accuracy(records: Sequence[Record]) -> str:
         head = ["Experiment", "Selection", "Users", *[m.upper() for m in README_METRICS], "Seeds"]
         parts.append(f"**{dataset}**, protocol `{protocol}`\n\n" + markdown_table(head, rows))
     return "\n\n".join(parts) if parts else "No records yet."
+
+
+def _system(record: Record) -> str:
+    """The experiment; of a baseline's record the baseline and the experiment whose run it was ranked with."""
+    experiment = record.config.get("experiment") or record.model
+    model = record.config.get("model", {}).get("name", record.model)
+    return str(experiment) if record.model == model else f"{record.model} ({experiment})"
 
 
 def _timing(records: Sequence[Record]) -> str:
@@ -356,7 +361,9 @@ def _mean_std(value: Mapping[str, Any] | None) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
