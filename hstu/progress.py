@@ -31,15 +31,15 @@ class Display:
         size = f"{run.batch_tokens:,} events" if run.batch_tokens else f"{run.batch_users} users"
         skipped = f", {data.num_skipped:,} with fewer than two training events left out" if data.num_skipped else ""
         name = str(store.meta.get("name", config.data.name))
-        self.console.print(
-            f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters "
-            f"({parameters['without_embeddings']:,} without embeddings), {config.loss.name}, {device}, "
-            f"seed {config.seed}\n"
-            f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches "
-            f"of {size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}\n"
+        without = f"{parameters['without_embeddings']:,} without embeddings"
+        lines = [
+            f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters ({without}), "
+            f"{config.loss.name}, {device}, seed {config.seed}",
+            f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches of "
+            f"{size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
             f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
-            highlight=False,
-        )
+        ]
+        self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
     def start_epoch(self, epoch: int, num_epochs: int, num_steps: int, step: int) -> None:
         if not self._live:
@@ -69,7 +69,8 @@ class Display:
             shown.insert(0, selected)
         numbers = "  ".join(f"{n} {values[n]:.4f}" for n in shown if not math.isnan(values[n]))
         star = "  best so far" if improved else ""
-        self.console.print(f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}", highlight=False)
+        line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def end_run(self) -> None:
         if self._bar is not None:

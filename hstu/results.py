@@ -78,6 +78,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
         "events_per_s": progress.num_events / max(1e-9, progress.seconds),
     }
     part = "test" if trainer.split.validation is None else "validation"
+    part = "test" if trainer.split.validation is None else "validation"
     report.write_json(
         folder / "result.json",
         {
@@ -145,6 +146,7 @@ def _print_notes(runs: list[Planned], evaluation: dict[str, Any], console: Conso
             f"{result['selected_by']}; {timing['train_s']:.0f} s training, {timing['s_per_step'] * 1e3:.0f} ms a step; "
             f"{run.folder}",
             highlight=False,
+            soft_wrap=True,
         )
     if runs[0].config.run.selection == "reference":
         console.print("run.selection=reference: the best epoch was chosen on test, as the published numbers were.")

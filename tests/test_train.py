@@ -1,0 +1,314 @@
+"""Training: loss falls, resume is bit-identical, accumulation, non-finite values, seeds, variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from hstu import checkpoint
+from hstu.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    HSTUConfig,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    SASRecConfig,
+    to_dict,
+)
+from hstu.errors import UserError
+from hstu.nonfinite import first_non_finite
+from hstu.results import expand_runs, show_results
+from hstu.runs import load_run
+from hstu.train import Trainer, run_command, train
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("events_per_s",)
+"""Logged values that differ between runs."""
+
+
+def make_config(root: Path, name: str = "run", **changes) -> Config:
+    """A run of a few seconds on 150 synthetic users."""
+    values = {
+        "experiment": "tiny",
+        "data": DataConfig(root=str(root / "data"), num_users=150, num_items=60),
+        "model": HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8, max_len=20, dropout=0.1),
+        "loss": LossConfig(num_negatives=16),
+        "optim": OptimConfig(lr=3e-3),
+        "eval": EvalConfig(ks=[10], bootstrap=0, filter_history="none"),
+        "run": RunConfig(dir=str(root / name), epochs=2, batch_users=16, loggers=[], progress=False,
+                         save_every_minutes=None, log_every_steps=1),
+    }  # fmt: skip
+    run_changes = {k[4:]: v for k, v in changes.items() if k.startswith("run_")}
+    rest = {k: v for k, v in changes.items() if not k.startswith("run_")}
+    values["run"] = dataclasses.replace(values["run"], **run_changes)
+    return Config(**{**values, **rest})
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def final_state(folder: Path) -> dict:
+    state = checkpoint.load_last(folder / "checkpoints")
+    assert state is not None
+    return state
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Parameters, optimizer state, generator states, position and every logged number are equal, bit for bit."""
+    one, two = final_state(a), final_state(b)
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name]), name
+    for key, values in one["optimizer"]["state"].items():
+        for field, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two["optimizer"]["state"][key][field]))
+    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    ignored = ("seconds", "eval_seconds", "metrics_size")  # the file's size holds the digits of a rate
+    position = [{k: v for k, v in s["progress"].items() if k not in ignored} for s in (one, two)]
+    assert position[0] == position[1]
+    assert logged(a) == logged(b)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Config, Path]:
+    """One uninterrupted run."""
+    config = make_config(tmp_path_factory.mktemp("finished"))
+    return config, train(config)
+
+
+def test_loss_falls_and_the_run_folder_is_complete(finished):
+    _, folder = finished
+    losses = [line["loss"] for line in logged(folder) if "loss" in line]
+    fifth = len(losses) // 5
+    assert sum(losses[-fifth:]) / fifth < 0.9 * sum(losses[:fifth]) / fifth
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "curves.png",
+                     "result.json", "evaluation.json"}  # fmt: skip
+    result = json.loads((folder / "result.json").read_text())
+    assert result["selected_by"] == "ndcg@10 on validation" and 0 <= result["test"]["hr@10"] <= 1
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["split_hash"] and environment["versions"]["torch"]
+
+
+def test_load_run_gives_the_best_model(finished):
+    config, folder = finished
+    loaded, store, model = load_run(folder)
+    assert to_dict(loaded) == to_dict(config) and store.num_items == 60
+    best = checkpoint.load(folder / "checkpoints" / checkpoint.BEST)
+    assert all(torch.equal(v, best["model"][n]) for n, v in model.state_dict().items())
+
+
+def test_same_seed_same_run_other_seed_other_run(finished, tmp_path):
+    config, folder = finished
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "again")))
+    assert_same_run(folder, train(again))
+    other = dataclasses.replace(again, seed=1, run=dataclasses.replace(config.run, dir=str(tmp_path / "other")))
+    assert logged(train(other)) != logged(folder)
+
+
+def command(config: Config, **more: str) -> list[str]:
+    """The command line of ``config``."""
+    values = {
+        "experiment": "synthetic", "data.root": config.data.root, "data.num_users": 150, "data.num_items": 60,
+        "model.dim": 8, "model.num_blocks": 1, "model.qk_dim": 8, "model.v_dim": 8, "model.max_len": 20,
+        "model.dropout": 0.1, "loss.num_negatives": 16, "optim.lr": 3e-3, "eval.ks": "[10]", "eval.bootstrap": 0,
+        "variants": "null", "run.dir": config.run.dir, "run.epochs": 2, "run.batch_users": 16, "run.loggers": "[]",
+        "run.log_every_steps": 1, "run.threads": 1, "run.save_every_minutes": "null", **more,
+    }  # fmt: skip
+    return [sys.executable, "-W", "ignore", "-m", "hstu.train", *(f"{k}={v}" for k, v in values.items())]
+
+
+def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
+    """Until the run has logged ``count`` lines since it began."""
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.002)
+    assert process.poll() is None or count == 0, process.communicate()[0]
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_the_run_ends_bit_identical(tmp_path):
+    whole, killed = make_config(tmp_path, "whole"), make_config(tmp_path, "killed")
+    process = start(command(whole), tmp_path)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    rng, reached = random.Random(7), 0
+    arguments = command(killed, **{"run.save_every_steps": "2"})
+    for _ in range(2):
+        process = start(arguments, tmp_path)
+        wait_for_steps(Path(killed.run.dir), min(16, reached + rng.randint(3, 6)), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        path = Path(killed.run.dir) / "metrics.jsonl"
+        reached = len(path.read_text().splitlines())
+    assert 0 < reached < 22, "the run was not killed midway"
+    process = start(arguments, tmp_path)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "resumed at step" in output, output
+    assert_same_run(Path(whole.run.dir), Path(killed.run.dir))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_first_and_the_run_resumes(finished, tmp_path, monkeypatch, number):
+    config, folder = finished
+    stopped = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
+    step, after = Trainer._step, []
+
+    def step_then_signal(self, step_input):
+        if self.progress.global_step == 4:
+            os.kill(os.getpid(), number)
+        return step(self, step_input)
+
+    from hstu.train import Interrupted
+
+    monkeypatch.setattr(Trainer, "_step", step_then_signal)
+    with pytest.raises(Interrupted) as raised:
+        train(stopped)
+    assert raised.value.exit_code == 128 + number
+    after = final_state(Path(stopped.run.dir))
+    assert after["progress"]["global_step"] == 5
+    assert_same_run(folder, train(stopped))
+
+
+def test_a_finished_run_is_not_repeated_and_more_epochs_continue_it(finished, tmp_path):
+    config, _ = finished
+    short = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "r"), epochs=1))
+    folder = train(short)
+    before = (folder / "result.json").read_bytes()
+    train(short)
+    assert (folder / "result.json").read_bytes() == before
+    longer = dataclasses.replace(short, run=dataclasses.replace(short.run, epochs=2))
+    train(longer)
+    assert json.loads((folder / "result.json").read_text())["epochs"] == 2
+    assert_same_run(folder, Path(config.run.dir))
+
+
+def test_resuming_with_another_config_is_refused(finished):
+    config, folder = finished
+    other = dataclasses.replace(config, optim=OptimConfig(lr=1.0))
+    with pytest.raises(UserError, match=r"optim\.lr=0\.003, now 1\.0"):
+        train(other)
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    # Full softmax without dropout has no randomness, so two batches of 75 must step like one of 150.
+    model = HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8, max_len=20, dropout=0.0)
+    common = {"model": model, "loss": LossConfig(name="full_softmax"), "run_epochs": 1}
+    large = train(make_config(tmp_path, "large", run_batch_users=150, **common))
+    optim = OptimConfig(lr=3e-3, accumulate_steps=2)
+    small = train(make_config(tmp_path, "small", run_batch_users=75, **{**common, "optim": optim}))
+    assert logged(large)[0]["loss"] == pytest.approx(logged(small)[0]["loss"], rel=1e-6)
+    one, two = (final_state(f)["optimizer"]["state"] for f in (large, small))
+    for key in one:  # Adam's first moment after one step is the gradient times 0.1
+        torch.testing.assert_close(one[key]["exp_avg"], two[key]["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "model, loss",
+    [
+        (SASRecConfig(dim=8, num_blocks=1, ffn_dim=8, max_len=20), "shared_bank"),
+        (HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8, max_len=20), "in_batch"),
+    ],
+    ids=["sasrec-shared_bank", "hstu-in_batch"],
+)
+def test_other_models_and_losses_learn(tmp_path, model, loss):
+    loss_config = LossConfig(name=loss, num_negatives=32, logq_correction=loss == "in_batch")
+    folder = train(make_config(tmp_path, model=model, loss=loss_config))
+    losses = [line["loss"] for line in logged(folder) if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_non_finite_values_stop_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
+    config = make_config(tmp_path, run_save_every_steps=2)
+    step = Trainer._step
+
+    def poisoned(self, step_input):
+        if self.progress.global_step == 5:
+            with torch.no_grad():
+                self.model.encoder.layers[0].bias.time[0, 0] = float("nan")
+        return step(self, step_input)
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    with pytest.raises(UserError, match=r"step 5 .*parameter encoder\.layers\.0\.bias\.time.*step-000000004\.pt"):
+        train(config)
+    assert all(torch.isfinite(t).all() for t in final_state(Path(config.run.dir))["model"].values())
+
+
+def test_first_non_finite_names_module_loss_and_gradient():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.fill_(1e30)
+        model[0].bias.zero_()
+    big, small = torch.full((1, 2), 1e30), torch.ones(1, 2)
+    assert first_non_finite(model, lambda: model(big).sum()) == "output of 0 (Linear)"
+    assert first_non_finite(model, lambda: model(small).square().sum()) == "the loss"
+    zero = torch.zeros(1, 2)
+    assert first_non_finite(model, lambda: model(zero).sum().sqrt()) == "gradient of 0.weight"
+
+
+def test_early_stopping(tmp_path):
+    optim = OptimConfig(lr=1e-12)  # nothing improves after the first evaluation
+    folder = train(make_config(tmp_path, run_epochs=9, run_early_stop_evals=2, optim=optim))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["epochs"] < 9 and result["epochs"] - result["best_epoch"] == 2
+
+
+def test_seeds_and_variants_in_one_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    options = to_dict(make_config(tmp_path, run_epochs=1))
+    options |= {"seeds": [3, 4], "variants": {"no bias": ["model.bias.time=false", "model.bias.position=false"]}}
+    plan = expand_runs(options)
+    assert [(p.variant, p.config.seed, p.config.model.bias.time) for p in plan] == [
+        ("hstu", 3, True), ("hstu", 4, True), ("no bias", 3, False), ("no bias", 4, False),
+    ]  # fmt: skip
+    assert len({p.config.run.dir for p in plan}) == 4
+    run_command(options)
+    shown = capsys.readouterr().out
+    for text in ("±", "no bias", "most popular", "last-item", "oracle"):
+        assert text in shown
+
+
+def test_wrong_variants_and_devices_are_one_clear_line(tmp_path):
+    options = to_dict(make_config(tmp_path))
+    with pytest.raises(UserError, match="variants: x: "):
+        expand_runs({**options, "variants": {"x": ["model.nothing=1"]}})
+    with pytest.raises(UserError, match="float32 on the CPU"):
+        train(make_config(tmp_path, run_precision="bfloat16", run_device="cpu"))
+    with pytest.raises(UserError, match="select_metric=hr@7"):
+        train(make_config(tmp_path, "other", run_select_metric="hr@7", run_epochs=1))
+
+
+def test_published_row_of_another_protocol_is_not_shown(finished, tmp_path):
+    config, folder = finished
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    plan = expand_runs(to_dict(config))
+    published = dataclasses.replace(config.published, source="them", protocol="stable", metrics={"hr@10": 0.9})
+    shown = io.StringIO()
+    run = dataclasses.replace(plan[0], folder=folder, config=dataclasses.replace(config, published=published))
+    show_results([run], Console(file=shown, width=160))
+    assert evaluation["protocol"] != "stable"
+    assert "not comparable, not shown" in shown.getvalue() and "0.9000" not in shown.getvalue()
