@@ -58,7 +58,7 @@ typecheck: $(STAMP) ## mypy on hstu and kernels
 	@$(BIN)/python -m mypy
 
 docs: $(STAMP) ## regenerate docs/config.md and the README's tables
-	@$(BIN)/python -m hstu.config_docs && $(BIN)/python -m hstu.report
+	@$(BIN)/python -m hstu.config_docs && $(BIN)/python -m hstu.report readme
 
 doctor: $(STAMP) ## versions, backends, a parity check of every op
 	@$(BIN)/hstu-doctor
