@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+THREADS = 1
+"""Tests are small: more threads would mostly wait for each other, above all beside other work."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -81,11 +81,10 @@ def linear_cross_entropy_sum(
         own = logits.gather(1, column[part])[:, 0]
         lse, total = _logsumexp_(logits)
         total_loss += (lse - own) @ weights[part]
-        # The blocks hold exp; their row factor goes with the queries, not through [rows, V] again.
+        # The block holds exp; what is left of the softmax is a factor per row, which goes with the queries.
+        logits.scatter_add_(1, column[part], -total[:, None])
         factor = (weights[part] / total)[:, None]
         torch.mm(logits, items, out=d_queries[part]).mul_(factor)
-        d_queries[part].addcmul_(items[column[part][:, 0]], weights[part, None], value=-1.0)
-        logits.scatter_add_(1, column[part], -total[:, None])
         d_items.addmm_((queries[part] * factor).mT, logits)
     return total_loss, d_queries.mul_(scale), _with_padding(d_items, scale)
 

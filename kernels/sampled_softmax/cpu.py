@@ -9,6 +9,7 @@ Column 0 of ``ids`` and ``weights`` [L, R + 1] is the label, so that the label n
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ D = 50, V = 3,884 on 2 cores: whole transposed gradient 50 / 39 / 43 / 50 / 96 m
 [128, V] block per 128 positions took 51 ms there, grows with V, and waits for its threads 400 times."""
 SORT_ELEMENTS_PER_ITEM = 8
 """At least so many elements a block per row of the table: a block writes the whole table's gradient once."""
+DENSE_MIB = 64
+"""Bound of a dense [rows, V] block, in MiB."""
 PAD_WIDTH = 16
 """Widths are padded to a multiple of this for the sampled product and the bags: no remainder loop."""
 
@@ -51,7 +54,7 @@ def sampled_softmax_fwd(
     # Minus infinity where a negative is the label; the products are added to it.
     logits = torch.where(ids == ids[:, :1], queries.new_tensor(-torch.inf), queries.new_zeros(()))
     logits[:, 0] = 0.0
-    if queries.device.type == "cpu":
+    if queries.device.type == "cpu" and ids.shape[1] < table.shape[0]:
         _add_products_cpu(logits, queries, table, ids, scale)
     else:
         _add_products(logits, queries, table, ids, scale)
@@ -65,8 +68,9 @@ def sampled_softmax_fwd(
 def _add_products_cpu(logits: Tensor, queries: Tensor, table: Tensor, ids: Tensor, scale: float) -> None:
     """logits[l, c] += scale * queries[l] . table[ids[l, c]], as a product sampled at a sparse pattern."""
     columns = ids.shape[1]
-    # torch cuts a pattern to rows * V elements, under our feet if a row had more than V: then V is made larger.
-    queries, table = _padded(queries), F.pad(_padded(table), (0, 0, 0, max(0, columns - table.shape[0])))
+    # torch cuts a pattern to rows * V elements, under our feet when a row has more than V.
+    assert columns < table.shape[0], (columns, table.shape)
+    queries, table = _padded(queries), _padded(table)
     rows = min(ids.shape[0], (2**31 - 1) // columns)  # the pattern is int32
     crow = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
     for part in row_chunks(ids.shape[0], rows):
@@ -78,8 +82,8 @@ def _add_products_cpu(logits: Tensor, queries: Tensor, table: Tensor, ids: Tenso
 
 
 def _add_products(logits: Tensor, queries: Tensor, table: Tensor, ids: Tensor, scale: float) -> None:
-    """The same on other devices: dense [rows, V] blocks and a gather."""
-    for part in row_chunks(ids.shape[0], rows_within(256, table.shape[0], table.dtype)):
+    """The same on other devices, and where V <= R + 1: dense [rows, V] blocks and a gather."""
+    for part in row_chunks(ids.shape[0], rows_within(DENSE_MIB, table.shape[0], table.dtype)):
         block = queries[part] @ table.mT  # [rows, V]
         logits[part] += block.gather(1, ids[part].long()).mul_(scale)
 
@@ -92,7 +96,8 @@ def sampled_softmax_bwd(
     width = queries.shape[1]
     d_queries = F.embedding_bag(ids, _padded(table), per_sample_weights=weights, mode="sum")[:, :width] * grad
     # The weights of a position share its factor: scaling [L, D] is cheaper than scaling [L, R + 1].
-    d_table = _table_grad(queries * grad, ids, weights, table.shape[0])
+    table_grad = _table_grad if ids.shape[1] < table.shape[0] else _table_grad_dense
+    d_table = table_grad(queries * grad, ids, weights, table.shape[0])
     return d_queries, d_table
 
 
@@ -113,6 +118,15 @@ def _table_grad(queries: Tensor, ids: Tensor, weights: Tensor, num_rows: int) ->
     return total[:, : queries.shape[1]].contiguous()
 
 
+def _table_grad_dense(queries: Tensor, ids: Tensor, weights: Tensor, num_rows: int) -> Tensor:
+    """The same sum where V <= R + 1: dense [rows, V] weights, then a product (bags of thousands would round worse)."""
+    total = queries.new_zeros(num_rows, queries.shape[1])
+    for part in row_chunks(ids.shape[0], rows_within(DENSE_MIB, num_rows, queries.dtype)):
+        dense = weights.new_zeros(part.stop - part.start, num_rows).scatter_add_(1, ids[part].long(), weights[part])
+        total.addmm_(dense.mT, queries[part])
+    return total
+
+
 def _block_elements(num_rows: int) -> int:
     """Elements of a block, such that id and place fit into 32 bits unless the table is too large for that."""
     bits = 32 - num_rows.bit_length()
@@ -128,7 +142,7 @@ def _transpose_numpy(ids: Tensor, num_rows: int, columns: int) -> tuple[Tensor, 
     numpy vectorises, is several times faster than a stable argsort.
     """
     bits = max(1, (ids.shape[0] - 1).bit_length())
-    key = np.uint32 if num_rows.bit_length() + bits <= 32 else np.uint64
+    key: Any = np.uint32 if num_rows.bit_length() + bits <= 32 else np.uint64
     keys = ids.numpy().astype(key)
     keys <<= key(bits)
     keys |= np.arange(keys.size, dtype=key)

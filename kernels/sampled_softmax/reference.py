@@ -33,13 +33,10 @@ def sampled_softmax_reference(
     q, e = prepare(queries, table, l2_normalize, eps)
     losses = []
     for row in range(q.shape[0]):
-        label = int(labels[row])
-        positive = q[row] @ e[label] / temperature
-        logits = [positive]
-        for negative in negatives[row].tolist():
-            if negative != label:
-                logits.append(q[row] @ e[negative] / temperature)
-        losses.append(torch.logsumexp(torch.stack(logits), 0) - positive)
+        others = negatives[row][negatives[row] != labels[row]]
+        ids = torch.cat([labels[row : row + 1], others]).long()  # label first
+        logits = e[ids] @ q[row] / temperature
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
     return torch.stack(losses) if losses else q.new_zeros(0)
 
 
@@ -65,14 +62,12 @@ def bank_softmax_reference(
     q, e = prepare(queries, table, l2_normalize, eps)
     losses = []
     for row in range(q.shape[0]):
-        label = int(labels[row])
-        positive = q[row] @ e[label] / temperature
+        counted = bank_ids != labels[row]
+        ids = torch.cat([labels[row : row + 1], bank_ids[counted]]).long()  # label first
+        logits = e[ids] @ q[row] / temperature
+        if log_q is not None:
+            logits = logits - torch.cat([log_q.new_zeros(1), log_q[counted]]).to(q)
         if label_log_q is not None:
-            positive = positive - label_log_q[row]
-        logits = [positive]
-        for column, item in enumerate(bank_ids.tolist()):
-            if item != label:
-                logit = q[row] @ e[item] / temperature
-                logits.append(logit if log_q is None else logit - log_q[column])
-        losses.append(torch.logsumexp(torch.stack(logits), 0) - positive)
+            logits = torch.cat([logits[:1] - label_log_q[row].to(q), logits[1:]])
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
     return torch.stack(losses) if losses else q.new_zeros(0)

@@ -80,13 +80,15 @@ def test_bank_worked_example_with_corrections():
 CASES = [
     pytest.param(37, 19, 10, 7, id="L37-V19-D10-R7"),
     pytest.param(1, 3, 8, 1, id="one-position"),
-    pytest.param(131, 1009, 50, 127, id="L131-V1009-D50-R127"),
+    pytest.param(67, 311, 50, 61, id="L67-V311-D50-R61"),
+    pytest.param(67, 61, 50, 61, id="one-item-fewer-than-columns"),
+    pytest.param(67, 62, 50, 61, id="as-many-items-as-columns"),
     pytest.param(64, 5, 25, 128, id="many-collisions-D25"),
     pytest.param(13, 70_001, 16, 3, id="large-table"),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length, num_items, dim, negatives", CASES)
 def test_op_matches_reference(length, num_items, dim, negatives, dtype):
     compare(sampled_softmax, sampled_softmax_reference, make(length, num_items, dim, negatives, dtype))
@@ -138,7 +140,7 @@ def test_other_devices_path(monkeypatch):
 
 
 @pytest.mark.parametrize("chunk_mib", [64, 1e-4], ids=["one-chunk", "many-chunks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("corrected", [True, False], ids=["logq", "plain"])
 def test_bank_matches_reference(dtype, corrected, chunk_mib):
     x, log_q, label_log_q = make_bank(41, 17, 10, 23, dtype)
@@ -242,7 +244,7 @@ def test_compile_fullgraph():
         return value, *torch.autograd.grad(value, (q, e))
 
     for a, b in zip(both(loss), both(torch.compile(loss, fullgraph=True, backend="aot_eager")), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(a.abs().max()))
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(a.detach().abs().max()))
 
 
 def test_autocast_changes_nothing():
@@ -332,5 +334,5 @@ def test_bank_errors(change, message):
 
 @pytest.mark.gpu
 def test_cuda_matches_reference():
-    x = {name: t.cuda() for name, t in make(131, 1009, 50, 127).items()}
+    x = {name: t.cuda() for name, t in make(67, 311, 50, 61).items()}
     compare(sampled_softmax, sampled_softmax_reference, x)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hstu.config import LossConfig
 from hstu.embedding import ItemTable
-from hstu.model.losses._mean import weighted_mean
+from hstu.model.losses._mean import check_weights, weighted_mean
 
 
 def make_in_batch(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | None, ItemTable, int], Tensor]:
@@ -20,6 +20,7 @@ def make_in_batch(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | None
     """
 
     def loss(queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int) -> Tensor:
+        check_weights(labels, weights)
         bank_ids, place, counts = labels.unique(return_inverse=True, return_counts=True)
         log_count = counts.float().log()  # [K]
         if config.logq_correction:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hstu.config import LossConfig
 from hstu.embedding import ItemTable
-from hstu.model.losses._mean import weighted_mean
+from hstu.model.losses._mean import check_weights, weighted_mean
 
 
 def draw_bank(num_items: int, size: int, seed: int, device: torch.device) -> Tensor:
@@ -32,6 +32,7 @@ def make_shared_bank(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | N
     """
 
     def loss(queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int) -> Tensor:
+        check_weights(labels, weights)
         size = config.num_negatives
         bank_ids = draw_bank(table.num_items, size, seed, labels.device)  # [K]
         log_q = None
