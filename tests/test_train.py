@@ -267,7 +267,7 @@ def test_first_non_finite_names_module_loss_and_gradient():
     assert first_non_finite(model, lambda: model(big).sum()) == "output of 0 (Linear)"
     assert first_non_finite(model, lambda: model(small).square().sum()) == "the loss"
     zero = torch.zeros(1, 2)
-    assert first_non_finite(model, lambda: model(zero).sum().sqrt()) == "gradient of 0.weight"
+    assert first_non_finite(model, lambda: model[0](zero).sum().sqrt()) == "gradient of 0.weight"
 
 
 def test_early_stopping(tmp_path):
