@@ -87,11 +87,14 @@ def _(grad, queries, table, labels, lse, scale, chunk_mib):  # type: ignore[no-u
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody sees
     queries, table, labels, ctx.scale, ctx.chunk_mib = inputs
     ctx.save_for_backward(queries, table, labels, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None
     d_queries, d_table = torch.ops.hstu.linear_cross_entropy_backward(
         grad, *ctx.saved_tensors, ctx.scale, ctx.chunk_mib
     )
@@ -116,10 +119,13 @@ def _(queries, table, labels, weights, scale, chunk_mib):  # type: ignore[no-unt
 
 
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody sees
     ctx.save_for_backward(output[1], output[2])
 
 
-def _sum_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _sum_backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None, None
     d_queries, d_table = ctx.saved_tensors
     return grad * d_queries, grad * d_table, None, None, None, None
 

@@ -111,11 +111,14 @@ def _(grad, queries, table, ids, weights, scale):  # type: ignore[no-untyped-def
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody sees
     queries, table, _, _, ctx.scale = inputs
     ctx.save_for_backward(queries, table, output[1], output[2])
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None
     d_queries, d_table = torch.ops.hstu.sampled_softmax_backward(grad, *ctx.saved_tensors, ctx.scale)
     return d_queries, d_table, None, None, None
 
@@ -209,11 +212,14 @@ def _(grad, queries, bank, bias, bank_ids, labels, positive, lse, scale, chunk_m
 
 
 def _bank_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody sees
     *tensors, ctx.scale, ctx.chunk_mib = inputs
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _bank_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _bank_backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None, None, None, None
     d_queries, d_bank, d_positive = torch.ops.hstu.bank_softmax_backward(
         grad, *ctx.saved_tensors, ctx.scale, ctx.chunk_mib
     )
