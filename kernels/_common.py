@@ -42,6 +42,20 @@ def rows_within(chunk_mib: float, num_columns: int, dtype: torch.dtype) -> int:
     return max(1, int(chunk_mib * 2**20) // max(1, num_columns * dtype.itemsize))
 
 
+CACHE_MIB = 2.0
+"""A block of this size stays in a CPU core's L2 cache between the passes over it."""
+MIN_ROWS = 128
+"""Fewer rows a block than this make the products slow, in the cache or not."""
+
+
+def block_rows(like: Tensor, num_columns: int, chunk_mib: float) -> int:
+    """Rows of a block of values like ``like`` [num_rows, ...]: within ``chunk_mib``, on the CPU in the cache too."""
+    rows = rows_within(chunk_mib, num_columns, like.dtype)
+    if like.device.type == "cpu":
+        rows = min(rows, max(MIN_ROWS, rows_within(CACHE_MIB, num_columns, like.dtype)))
+    return min(rows, max(1, like.shape[0]))
+
+
 def no_autocast(device: torch.device) -> torch.autocast:
     """Context that turns autocast off: an op's own products keep the dtype it chose."""
     return torch.autocast(device_type=device.type, enabled=False)

@@ -9,20 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common import row_chunks, rows_within
-
-CACHE_MIB = 2.0
-"""Block of logits that stays in a CPU core's L2 cache."""
-MIN_ROWS = 128
-"""Fewer rows a block than this make the products slow, in the cache or not."""
-
-
-def _rows(queries: Tensor, num_items: int, chunk_mib: float) -> int:
-    """Rows of a block: within ``chunk_mib`` always; on the CPU within the cache where that is not too few."""
-    rows = rows_within(chunk_mib, num_items, queries.dtype)
-    if queries.device.type == "cpu":
-        rows = min(rows, max(MIN_ROWS, rows_within(CACHE_MIB, num_items, queries.dtype)))
-    return min(rows, max(1, queries.shape[0]))
+from kernels._common import block_rows, row_chunks
 
 
 def linear_cross_entropy_fwd(
@@ -32,7 +19,7 @@ def linear_cross_entropy_fwd(
     items = table[1:]  # [V, D]
     loss, lse = queries.new_empty(queries.shape[0]), queries.new_empty(queries.shape[0])
     column = labels.long()[:, None] - 1  # [L, 1]
-    rows = _rows(queries, items.shape[0], chunk_mib)
+    rows = block_rows(queries, items.shape[0], chunk_mib)
     buffer = queries.new_empty(rows, items.shape[0])
     for part in row_chunks(queries.shape[0], rows):
         logits = torch.mm(queries[part], items.mT, out=buffer[: part.stop - part.start]).mul_(scale)  # [rows, V]
@@ -57,7 +44,7 @@ def linear_cross_entropy_bwd(
     grad = grad.to(queries.dtype)
     d_queries, d_items = torch.empty_like(queries), queries.new_zeros(queries.shape[1], items.shape[0])
     column = labels.long()[:, None] - 1
-    rows = _rows(queries, items.shape[0], chunk_mib)
+    rows = block_rows(queries, items.shape[0], chunk_mib)
     buffer = queries.new_empty(rows, items.shape[0])
     for part in row_chunks(queries.shape[0], rows):
         weights = torch.mm(queries[part], items.mT, out=buffer[: part.stop - part.start]).mul_(scale)
@@ -74,7 +61,7 @@ def linear_cross_entropy_sum(
     total_loss = queries.new_zeros(())
     d_queries, d_items = torch.empty_like(queries), queries.new_zeros(queries.shape[1], items.shape[0])
     column = labels.long()[:, None] - 1
-    rows = _rows(queries, items.shape[0], chunk_mib)
+    rows = block_rows(queries, items.shape[0], chunk_mib)
     buffer = queries.new_empty(rows, items.shape[0])
     for part in row_chunks(queries.shape[0], rows):
         logits = torch.mm(queries[part], items.mT, out=buffer[: part.stop - part.start]).mul_(scale)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import row_chunks, rows_within
+from kernels._common import block_rows, row_chunks, rows_within
 
 # torch says once that sparse CSR is beta; a training run has no use for it.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -166,15 +166,17 @@ def bank_softmax_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss [L] and logsumexp [L] of the label and the bank; ``positive`` [L] is the label's logit."""
     lse = torch.empty_like(positive)
-    for part in row_chunks(queries.shape[0], rows_within(chunk_mib, bank.shape[0], bank.dtype)):
-        logits = _bank_logits(queries[part], bank, bias, bank_ids, labels[part], scale)
+    rows = block_rows(queries, bank.shape[0], chunk_mib)
+    buffer = queries.new_empty(rows, bank.shape[0])
+    for part in row_chunks(queries.shape[0], rows):
+        logits = _bank_logits(queries[part], bank, bias, bank_ids, labels[part], scale, buffer)
         lse[part] = torch.logaddexp(logits.logsumexp(dim=1), positive[part])
     return lse - positive, lse
 
 
 def _bank_logits(queries: Tensor, bank: Tensor, bias: Tensor | None, bank_ids: Tensor, labels: Tensor,
-                 scale: float) -> Tensor:  # fmt: skip
-    logits = (queries @ bank.mT).mul_(scale)  # [rows, K]
+                 scale: float, buffer: Tensor) -> Tensor:  # fmt: skip
+    logits = torch.mm(queries, bank.mT, out=buffer[: queries.shape[0]]).mul_(scale)  # [rows, K]
     if bias is not None:
         logits += bias
     return logits.masked_fill_(labels[:, None] == bank_ids, -torch.inf)
@@ -187,8 +189,10 @@ def bank_softmax_bwd(
     """Gradients of queries [L, D], bank [K, D] and positive [L]; the logits are made again, chunk by chunk."""
     grad = grad.to(queries.dtype)
     d_queries, d_bank = torch.empty_like(queries), torch.zeros_like(bank)
-    for part in row_chunks(queries.shape[0], rows_within(chunk_mib, bank.shape[0], bank.dtype)):
-        logits = _bank_logits(queries[part], bank, bias, bank_ids, labels[part], scale)
+    rows = block_rows(queries, bank.shape[0], chunk_mib)
+    buffer = queries.new_empty(rows, bank.shape[0])
+    for part in row_chunks(queries.shape[0], rows):
+        logits = _bank_logits(queries[part], bank, bias, bank_ids, labels[part], scale, buffer)
         weights = logits.sub_(lse[part, None]).exp_().mul_(grad[part, None])  # d / d logit, [rows, K]
         torch.mm(weights, bank, out=d_queries[part])
         d_bank.addmm_(weights.mT, queries[part])

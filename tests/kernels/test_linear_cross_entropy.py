@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from kernels.linear_cross_entropy import cpu, linear_cross_entropy
+from kernels._common import block_rows
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from tests.oracle import compare
 
@@ -118,7 +119,7 @@ def test_padding_row_takes_no_part():
 
 @pytest.mark.parametrize("num_items, chunk_mib", [(100, 1), (5_000, 1), (300_000, 3), (2_000_000, 1)])
 def test_blocks_stay_within_the_bound(num_items, chunk_mib):
-    rows = cpu._rows(torch.zeros(10_000, 4), num_items, chunk_mib)
+    rows = block_rows(torch.zeros(10_000, 4), num_items, chunk_mib)
     assert rows >= 1
     assert rows == 1 or rows * num_items * 4 <= chunk_mib * 2**20
 
