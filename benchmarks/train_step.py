@@ -105,7 +105,7 @@ def main() -> None:
     record = report.Record(
         name=name, kind="training", dataset=dataset_label(store), protocol=store.meta["protocol"],
         split_hash=store.meta["split_hash"], model=config.model.name, seeds=[config.seed], metrics=metrics,
-        timing={"rows": rows}, published=published, config=to_dict(config),
+        timing={"rows": rows}, published=published, config=report.without_paths(to_dict(config)),
     )  # fmt: skip
     print(f"written to {report.write_record(record)}")
 

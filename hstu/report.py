@@ -258,7 +258,7 @@ def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Re
     return Record(
         name, "training", first["dataset"], first["protocol"], first["split_hash"], system,
         [c["seed"] for c in configs], aggregate(metrics), timing, published,
-        places[0]["machine"], places[0]["versions"], ", ".join(commits) or None, _without_paths(configs[0]),
+        places[0]["machine"], places[0]["versions"], ", ".join(commits) or None, without_paths(configs[0]),
     )  # fmt: skip
 
 
@@ -267,10 +267,10 @@ def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in config.items() if k not in ("seed", "seeds")}, "run": run}
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """The config without the folders of the machine it ran on: an absolute path keeps its last part."""
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
