@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 SORT_BITS = 18
 """Elements of a block of ids that is transposed at a time, as a power of two. Measured at L = 14,000, R = 128,
-D = 50, V = 3,884 on 2 cores: whole transposed gradient 50 / 39 / 43 / 50 / 96 ms at 2^16 / 17 / 18 / 19 / 20. A dense
+D = 50, V = 3,884 on 2 cores: whole transposed gradient 39 / 39 / 43 / 50 / 96 ms at 2^16 / 17 / 18 / 19 / 20. A dense
 [128, V] block per 128 positions took 51 ms there, grows with V, and waits for its threads 400 times."""
 SORT_ELEMENTS_PER_ITEM = 8
 """At least so many elements a block per row of the table: a block writes the whole table's gradient once."""
