@@ -129,8 +129,12 @@ def _hydra_line(error: BaseException) -> str:
             """as in 'name="A value (1)"'"""
         )
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return f"{group}={name}: no such choice; {group} is one of {', '.join(sorted(error.options))}"
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        folder = conf_dir() / group
+        choices = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+        near = difflib.get_close_matches(name, choices, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{group}={name}: no such choice; {hint}{group} is one of {', '.join(choices)}"
     causes = [error] if error.__cause__ is None else [error, error.__cause__]
     parts = [str(cause).strip().splitlines()[0].strip() for cause in causes if str(cause).strip()]
     return _with_near_key(" ".join(dict.fromkeys(parts)))
