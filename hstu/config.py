@@ -101,9 +101,9 @@ class DataConfig:
     """Published counts (users, items, events), checked when preparing the full original file."""
 
     # Synthetic process (source=synthetic)
-    num_users: int = 2000
+    num_users: int = 3000
     """Synthetic only: users."""
-    num_items: int = 500
+    num_items: int = 200
     """Synthetic only: items."""
     synthetic_seed: int = 0
     """Synthetic only: seed of the process and of the log drawn from it."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,7 @@ DAY_S = 86_400.0
 START_S = 1_600_000_000  # first possible event, 13 September 2020
 MIN_LONG_GAP_S = 3 * 3600
 MIN_ITEMS = 20
+TINY = 1e-300  # keeps 0 / 0 at 0
 
 
 class Events(NamedTuple):
@@ -49,8 +50,8 @@ class Events(NamedTuple):
 class SyntheticProcess:
     """The generative process. The tables and the log are functions of the fields alone."""
 
-    num_items: int = 500
-    num_users: int = 2000
+    num_items: int = 200
+    num_users: int = 3000
     synthetic_seed: int = 0
 
     # Items
@@ -58,17 +59,18 @@ class SyntheticProcess:
     item_popularity_exponent: float = 1.2
     """Inside a cluster the item of rank r (0 first) has popularity 1 / (r + 1) ** exponent."""
     cluster_popularity_exponent: float = 0.5
-    num_successors: int = 6
+    num_successors: int = 5
+    """Items that an item leads to in particular."""
     successor_decay: float = 0.7
     """A successor is this much less likely than the one before it."""
-    same_cluster_successors: float = 0.5
+    same_cluster_successors: float = 0.2
     """Share of an item's successors that are of its own cluster."""
 
     # Times
     mean_events: float = 50.0
     min_events: int = 12
     max_events: int = 60
-    mean_session_events: float = 2.5
+    mean_session_events: float = 3.0
     session_gap_s: int = 1800
     """A longer gap starts a new session."""
     short_gap_median_s: float = 90.0
@@ -77,12 +79,14 @@ class SyntheticProcess:
     """Standard deviation of ln(gap between sessions)."""
 
     # Inside a session
-    context_items: int = 2
-    """The next item succeeds one of this many last items of the session ..."""
-    context_decay: float = 0.3
+    context_items: int = 3
+    """The next item follows from one of this many last items of the session ..."""
+    context_decay: float = 1.0
     """... an item one place older being this much less likely to be the one."""
     session_taste: float = 0.05
     """Probability that an item inside a session comes from the taste instead."""
+    session_repeat: float = 0.7
+    """Times the user's repeat level: probability that an item inside a session repeats one from before its last."""
 
     # After a long gap
     taste_life_s: float = 20 * DAY_S
@@ -93,7 +97,7 @@ class SyntheticProcess:
     """A repeat goes to an event of about this age ..."""
     rhythm_sigma: float = 0.25
     """... with weight exp(-(ln(age / rhythm) / sigma)**2 / 2)."""
-    rhythm_offset: float = 0.3
+    rhythm_offset: float = 0.1
     """Weight of finding nothing to repeat."""
 
     noise: float = 0.02
@@ -163,8 +167,8 @@ class SyntheticProcess:
         # Outside: one member each of as many other clusters.
         shift = 1 + np.argsort(rng.random((self.num_items, self.num_clusters - 1)), axis=1, kind="stable")
         other = (clusters[:, None] + shift[:, :num_outside]) % self.num_clusters
-        rank = self._draw_in_cluster(other.ravel(), rng.random(other.size)).reshape(other.shape)
-        both = np.concatenate([inside, order[starts[other] + rank]], axis=1)
+        outside = self.draw_in_cluster(other.ravel(), rng.random(other.size)).reshape(other.shape)
+        both = np.concatenate([inside, outside], axis=1)
         return np.take_along_axis(both, np.argsort(rng.random(both.shape), axis=1, kind="stable"), axis=1)
 
     @cached_property
@@ -201,7 +205,6 @@ class SyntheticProcess:
         taste = _draw(self.cluster_probs, rng.random(self.num_users))
         level = np.asarray(self.repeat_levels)[_draw(np.full(len(self.repeat_levels), 1.0), rng.random(self.num_users))]
         history = _History(self, items, times)
-        order, starts, _ = self._layout
         for t in range(self.max_events):
             u = np.flatnonzero(lengths > t)
             draws = rng.random((8, self.num_users))[:, u]
@@ -210,12 +213,12 @@ class SyntheticProcess:
             step = np.where(draws[1] < 0.5, 1, -1)
             taste[u] = np.where(moved, (taste[u] + step) % self.num_clusters, taste[u])
 
-            from_taste = order[starts[taste[u]] + self._draw_in_cluster(taste[u], draws[2])]
-            following = history.draw_successor(u, t, draws[3], draws[4])
-            repeated, can_repeat = history.draw_repeat(u, t, draws[5])
-            in_session = np.where(draws[6] < self.session_taste, from_taste, following)
-            returning = np.where(draws[6] < level[u] * can_repeat, repeated, from_taste)
-            item = np.where(new_session, returning, in_session)
+            taste_share, repeat_share = history.shares(u, t, level[u])
+            from_taste = self.draw_in_cluster(taste[u], draws[2])
+            repeated = history.draw_repeat(u, t, draws[3])
+            following = history.draw_following(u, t, draws[4], draws[5])
+            item = np.where(draws[6] < taste_share + repeat_share, repeated, following)
+            item = np.where(draws[6] < taste_share, from_taste, item)
             is_noise = draws[7] < self.noise
             item = np.where(is_noise, (draws[7] / self.noise * self.num_items).astype(np.int64) % self.num_items, item)
             items[u, t] = item
@@ -223,13 +226,13 @@ class SyntheticProcess:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Events(offsets, (items[mask] + 1).astype(np.int32), times[mask])
 
-    def _draw_in_cluster(self, clusters: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Popularity rank drawn inside each cluster [U]."""
-        _, starts, _ = self._layout
+    def draw_in_cluster(self, clusters: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """Item [U] (from 0) drawn by popularity inside each of ``clusters`` [U]."""
+        order, starts, _ = self._layout
         sizes = np.diff(starts)
-        weights = np.arange(1.0, sizes.max() + 1) ** -self.item_popularity_exponent
-        total = np.cumsum(weights)  # clusters differ in size by one at most
-        return np.searchsorted(total, uniform * total[sizes[clusters] - 1], side="right")
+        total = np.cumsum(np.arange(1.0, sizes.max() + 1) ** -self.item_popularity_exponent)
+        rank = np.searchsorted(total, uniform * total[sizes[clusters] - 1], side="right")
+        return order[starts[clusters] + np.minimum(rank, sizes[clusters] - 1)]
 
     # ---------------------------------------------------------------- the truth
 
@@ -279,23 +282,25 @@ class SyntheticProcess:
                 stay = np.where(new_session, stay, 1.0)[:, None, None]
                 neighbours = (np.roll(prior, 1, axis=1) + np.roll(prior, -1, axis=1)) / 2
                 prior = stay * prior + (1 - stay) * neighbours
-            repeat = levels[None, :] * history.can_repeat(u, t)[:, None]  # [u, R]
-            from_taste = np.where(new_session[:, None], 1 - repeat, self.session_taste) * (1 - self.noise)
-            from_history = 1 - self.noise - from_taste  # [u, R]
+            taste, repeat = history.shares(u[:, None], t, levels[None, :])  # [u, R]
+            taste, repeat = (1 - self.noise) * taste, (1 - self.noise) * repeat
+            follow = 1 - self.noise - taste - repeat
 
             last = lengths[u] == t
             if last.any():
-                weight = np.einsum("ucr,ur->uc", prior[last], from_taste[last])
-                probs = weight[:, self.clusters] * self.taste_probs
-                share = (prior[last].sum(axis=1) * from_history[last]).sum(axis=1)
-                out[u[last]] = probs + share[:, None] * history.dense(u[last], t) + self.noise / self.num_items
+                of_cluster = np.einsum("ucr,ur->uc", prior[last], taste[last])
+                of_level = prior[last].sum(axis=1)  # [u, R]
+                probs = of_cluster[:, self.clusters] * self.taste_probs + self.noise / self.num_items
+                parts = [(of_level * share[last]).sum(axis=1) for share in (repeat, follow)]
+                out[u[last]] = history.add_items(probs, u[last], t, *parts)
             go = ~last
             if go.any():
-                u, item = u[go], items[u[go], t]
-                like = from_history[go] * history.prob_of(u, t, item)[:, None] + self.noise / self.num_items
-                post = prior[go] * like[:, None, :]
-                rows, hit = np.arange(len(u)), self.clusters[item]
-                post[rows, hit] += prior[go][rows, hit] * from_taste[go] * self.taste_probs[item][:, None]
+                u, item, prior = u[go], items[u[go], t], prior[go]
+                repeated, following = history.probs_of(u, t, item)
+                like = repeat[go] * repeated[:, None] + follow[go] * following[:, None] + self.noise / self.num_items
+                post = prior * like[:, None, :]
+                rows, cluster = np.arange(len(u)), self.clusters[item]
+                post[rows, cluster] += prior[rows, cluster] * taste[go] * self.taste_probs[item][:, None]
                 belief[u] = post / post.sum(axis=(1, 2), keepdims=True)
         return out
 
@@ -308,76 +313,82 @@ class _History:
 
     def __init__(self, process: SyntheticProcess, items: np.ndarray, times: np.ndarray) -> None:
         self.process, self.items, self.times = process, items, times
+        starts = np.diff(times, axis=1, prepend=times[:, :1]) > process.session_gap_s
+        self.session = np.cumsum(starts, axis=1)  # [U, T] number of the session, from 0
 
     def gaps(self, u: np.ndarray, t: int) -> np.ndarray:
         """Seconds since the event before [u]; zero at the first event."""
         return (self.times[u, t] - self.times[u, t - 1]).astype(np.float64) if t else np.zeros(len(u))
 
     def is_new_session(self, u: np.ndarray, t: int) -> np.ndarray:
-        return self.gaps(u, t) > self.process.session_gap_s if t else np.ones(len(u), bool)
+        return self.session[u, t] > self.session[u, t - 1] if t else np.ones(len(u), bool)
 
     def context(self, u: np.ndarray, t: int) -> np.ndarray:
         """Probability [u, context_items] that the next item succeeds the last, the last but one, ... item."""
         depth = min(self.process.context_items, t)
-        weights = np.zeros((len(u), depth))
-        open_ = np.ones(len(u), bool)  # still inside the session
-        for age in range(depth):
-            weights[:, age] = open_ * self.process.context_decay**age
-            open_ &= ~self.is_new_session(u, t - 1 - age)
-        return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+        parents = t - 1 - np.arange(depth)
+        same = self.session[u[:, None], parents] == self.session[u, t - 1 : t]
+        weights = same * self.process.context_decay ** np.arange(depth)
+        return weights / np.maximum(weights.sum(axis=1, keepdims=True), TINY)
 
     def repeat_weights(self, u: np.ndarray, t: int) -> np.ndarray:
-        """Weight [u, t] of each earlier event as the one repeated after a long gap."""
+        """Weight [u, t] of each earlier event as the one that is repeated."""
         p = self.process
         age = np.maximum(self.times[u, t][:, None] - self.times[u, :t], 1)
-        return np.exp(-0.5 * (np.log(age / p.rhythm_s) / p.rhythm_sigma) ** 2)
+        rhythm = np.exp(-0.5 * (np.log(age / p.rhythm_s) / p.rhythm_sigma) ** 2)
+        in_session = self.session[u, :t] == self.session[u, t - 1 : t]
+        in_session[:, -1:] = False  # not the last item again
+        return np.where(self.is_new_session(u, t)[:, None], rhythm, in_session)
 
-    def can_repeat(self, u: np.ndarray, t: int) -> np.ndarray:
-        total = self.repeat_weights(u, t).sum(axis=1)
-        return total / (total + self.process.rhythm_offset)
+    def shares(self, u: np.ndarray, t: int, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities, noise apart, that the event comes from the taste and that it repeats; else it follows.
 
-    def draw_successor(self, u: np.ndarray, t: int, pick: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        u and level: of shapes that broadcast together, [u] and [u] or [u, 1] and [1, R].
+        """
+        p = self.process
+        flat = u.reshape(-1)
+        new_session = self.is_new_session(flat, t).reshape(u.shape)
+        total = self.repeat_weights(flat, t).sum(axis=1).reshape(u.shape)
+        after_gap = level * total / (total + p.rhythm_offset)
+        inside = (1 - p.session_taste) * p.session_repeat * level * (total > 0)
+        return np.where(new_session, 1 - after_gap, p.session_taste), np.where(new_session, after_gap, inside)
+
+    def draw_repeat(self, u: np.ndarray, t: int, uniform: np.ndarray) -> np.ndarray:
+        return self.items[u, _draw(self.repeat_weights(u, t), uniform)] if t else np.zeros(len(u), np.int64)
+
+    def draw_following(self, u: np.ndarray, t: int, pick: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         if t == 0:
             return np.zeros(len(u), np.int64)
-        age = _draw(self.context(u, t), pick)
-        return self.process.successors[self.items[u, t - 1 - age], _draw(self.process.successor_probs, uniform)]
+        parents = self.items[u, t - 1 - _draw(self.context(u, t), pick)]
+        return self.process.successors[parents, _draw(self.process.successor_probs, uniform)]
 
-    def draw_repeat(self, u: np.ndarray, t: int, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def probs_of(self, u: np.ndarray, t: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probability [u] of ``item`` given that it repeats, and given that it follows."""
         if t == 0:
-            return np.zeros(len(u), np.int64), np.zeros(len(u))
-        return self.items[u, _draw(self.repeat_weights(u, t), uniform)], self.can_repeat(u, t)
-
-    def prob_of(self, u: np.ndarray, t: int, item: np.ndarray) -> np.ndarray:
-        """Probability [u] of ``item`` given that the history drives the event at ``t``."""
-        if t == 0:
-            return np.zeros(len(u))
+            return np.zeros(len(u)), np.zeros(len(u))
         p = self.process
+        weights = self.repeat_weights(u, t)
+        same = self.items[u, :t] == item[:, None]
+        repeated = (weights * same).sum(axis=1) / np.maximum(weights.sum(axis=1), TINY)
         context = self.context(u, t)
         parents = self.items[u, t - 1 :: -1][:, : context.shape[1]]  # the last item first
         hit = p.successors[parents] == item[:, None, None]  # [u, context, S]
-        following = ((hit * p.successor_probs).sum(axis=2) * context).sum(axis=1)
-        weights = self.repeat_weights(u, t)
-        same = self.items[u, :t] == item[:, None]
-        repeated = (weights * same).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-300)
-        return np.where(self.is_new_session(u, t), repeated, following)
+        return repeated, ((hit * p.successor_probs).sum(axis=2) * context).sum(axis=1)
 
-    def dense(self, u: np.ndarray, t: int) -> np.ndarray:
-        """As :meth:`prob_of` for every item [u, num_items]."""
-        p = self.process
-        out = np.zeros((len(u), p.num_items))
+    def add_items(self, probs: np.ndarray, u: np.ndarray, t: int, repeat: np.ndarray, follow: np.ndarray) -> np.ndarray:
+        """Adds the same two distributions over all items, times ``repeat`` [u] and ``follow`` [u], to ``probs``."""
         if t == 0:
-            return out
-        new_session = self.is_new_session(u, t)
-        rows = np.arange(len(u))
-        context = self.context(u, t)
-        for age in range(context.shape[1]):
-            parents = self.items[u, t - 1 - age]
-            share = (context[:, age] * ~new_session)[:, None] * p.successor_probs
-            np.add.at(out, (rows[:, None], p.successors[parents]), share)
+            return probs
+        p = self.process
+        rows = np.arange(len(u))[:, None]
         weights = self.repeat_weights(u, t)
-        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300) * new_session[:, None]
-        np.add.at(out, (rows[:, None], self.items[u, :t]), weights)
-        return out
+        np.add.at(probs, (rows, self.items[u, :t]), weights * (repeat / np.maximum(weights.sum(axis=1), TINY))[:, None])
+        context = self.context(u, t) * follow[:, None]
+        for age in range(context.shape[1]):
+            np.add.at(
+                probs, (rows, p.successors[self.items[u, t - 1 - age]]), context[:, age, None] * p.successor_probs
+            )
+        return probs
 
 
 # -------------------------------------------------------------------- store and oracle
@@ -429,7 +440,7 @@ def process_of(store: SequenceStore) -> SyntheticProcess:
     made = store.meta.get("synthetic")
     if made is None:
         raise UserError(f"{store.path} is no synthetic log: its true next-item distribution is not known")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in made["process"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in made["process"].items()}
     fields = {f.name for f in dataclasses.fields(SyntheticProcess)}
     process = SyntheticProcess(**values) if set(values) == fields else None
     if process is None or process.fingerprint() != made["fingerprint"]:
