@@ -176,12 +176,14 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_gap_decides_which_process_drives():
     """The gap changes the answer; the last item matters inside a session and hardly after a long gap."""
     process = SyntheticProcess(num_items=100)
-    items, times = [5, 9, 9, 40], [START + d * DAY for d in range(4)]  # the last item opens a session
+    items, times = [5, 9, 9, 40], [START, START + DAY, START + 2 * DAY, START + 2 * DAY + 60]
     other = [*items[:-1], 77]
     soon, late = times[-1] + 60, times[-1] + 2 * DAY
     assert distance(probs_at(process, items, times, soon), probs_at(process, items, times, late)) > 0.5
-    assert distance(probs_at(process, items, times, soon), probs_at(process, other, times, soon)) > 0.3
-    assert distance(probs_at(process, items, times, late), probs_at(process, other, times, late)) < 0.1
+    assert (
+        distance(probs_at(process, items, times, soon), probs_at(process, other, times, soon)) > 0.2
+    )  # one of two parents
+    assert distance(probs_at(process, items, times, late), probs_at(process, other, times, late)) < 0.01
 
 
 def test_after_a_gap_the_user_repeats_what_is_a_week_old():
