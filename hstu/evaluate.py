@@ -103,24 +103,9 @@ def oracle_ranks(config: Config, store: SequenceStore, targets: Targets) -> np.n
     """
     if config.data.source != "synthetic":
         return None
-    from hstu.data.synthetic import SyntheticProcess
+    from hstu.data import synthetic
 
-    process = SyntheticProcess(config.data.num_items, config.data.num_users, config.data.synthetic_seed)
-    item_ids, times = np.asarray(store.item_ids), np.asarray(store.timestamps)
-    users, rows = targets.users, targets.rows
-    history, offsets = baselines.expand(np.asarray(store.offsets)[users], rows)
-    starts, ends = baselines.seen_range(store, users, rows, config.eval.filter_history, config.model.max_len)
-    ranks, at = [], 0
-    for probs in process.next_item_probs(offsets, item_ids[history], times[history], times[rows]):
-        m = np.arange(at, at + len(probs))
-        at += len(probs)
-        column = item_ids[rows[m]].astype(np.int64) - 1
-        target = probs[np.arange(len(m)), column][:, None]
-        seen_rows, seen_offsets = baselines.expand(starts[m], ends[m])
-        probs[np.repeat(np.arange(len(m)), np.diff(seen_offsets)), item_ids[seen_rows].astype(np.int64) - 1] = -1.0
-        probs[np.arange(len(m)), column] = -1.0  # the target is not ranked against itself
-        ranks.append(1.0 + (probs > target).sum(axis=1) + 0.5 * (probs == target).sum(axis=1))
-    return np.concatenate(ranks)
+    return synthetic.oracle_ranks(store, targets, config.eval.filter_history, config.model.max_len)
 
 
 def user_groups(store: SequenceStore, users: np.ndarray) -> dict[str, np.ndarray]:

@@ -109,16 +109,11 @@ def test_assess_puts_systems_groups_and_breakdowns_together(store):
 def test_oracle_is_the_best_system_and_knows_the_ranks(tmp_path):
     """Ranks under the true distribution equal a loop, and beat both baselines."""
     from hstu.config import DataConfig
-    from hstu.data.store import write_store
-    from hstu.data.synthetic import SyntheticProcess
+    from hstu.data.synthetic import process_of, write_synthetic_store
 
     data = DataConfig(num_users=120, num_items=60)
-    process = SyntheticProcess(data.num_items, data.num_users, data.synthetic_seed)
-    log = process.generate()
-    store = write_store(
-        tmp_path / "synthetic", offsets=log.offsets, item_ids=log.item_ids, timestamps=log.timestamps,
-        num_items=60, meta={"name": "synthetic"},
-    )  # fmt: skip
+    store = write_synthetic_store(data, tmp_path / "synthetic")
+    process = process_of(store)
     config = small_config(filter_history="none")
     config.data = data
     split = make_split(store)
