@@ -48,6 +48,11 @@ def _write(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except RuntimeError as error:  # torch.save's own report of a failed write hides the OSError
+        partial.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+        raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -145,6 +145,10 @@ class BiasConfig:
     """True: gaps are ts[i+1] - ts[j], the model knows when the predicted event happens (published).
     False: gaps are ts[i] - ts[j]."""
 
+    def __post_init__(self) -> None:
+        _check(self.num_buckets >= 1, "model.bias.num_buckets", self.num_buckets, ">= 1")
+        _check(self.bucket_width > 0, "model.bias.bucket_width", self.bucket_width, "> 0")
+
 
 @dataclass
 class HSTUConfig:
@@ -224,8 +228,6 @@ class TransformerConfig:
     """Base of the rotary wavelengths."""
     max_len: int = 200
     """Most recent events that are the model's input."""
-    extra_slots: int = 11
-    """Padded width N = max_len + extra_slots."""
     l2_normalize: bool = True
     """L2-normalise outputs and item embeddings before the dot product."""
 
@@ -235,9 +237,10 @@ class TransformerConfig:
 
 
 def _check_model(m: HSTUConfig | SASRecConfig | TransformerConfig) -> None:
-    for name in ("dim", "num_blocks", "num_heads", "max_len"):
-        _check(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), ">= 1")
-    _check(m.extra_slots >= 1, "model.extra_slots", m.extra_slots, ">= 1")
+    sizes = ("dim", "num_blocks", "num_heads", "max_len", "qk_dim", "v_dim", "ffn_dim", "extra_slots")
+    for name in sizes:
+        value = getattr(m, name, 1)
+        _check(value >= 1, f"model.{name}", value, ">= 1")
     _check(0.0 <= m.dropout < 1.0, "model.dropout", m.dropout, "in [0, 1)")
 
 
@@ -291,6 +294,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", self.lr, "> 0")
+        _check(self.eps > 0, "optim.eps", self.eps, "> 0")
+        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        _check(0 <= self.min_lr_fraction <= 1, "optim.min_lr_fraction", self.min_lr_fraction, "in [0, 1]")
         betas_ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         _check(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")
         _one_of("optim.schedule", self.schedule, ("constant", "cosine"))
@@ -353,7 +359,13 @@ class RunConfig:
         _one_of("run.selection", self.selection, ("validation", "reference"))
         _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16"))
-        _check(self.keep_last >= 1, "run.keep_last", self.keep_last, ">= 1")
+        for name in ("keep_last", "eval_every_epochs", "log_every_steps"):
+            _check(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+        for name in ("save_every_steps", "save_every_epochs", "early_stop_evals", "threads"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"run.{name}", value, ">= 1 or null")
+        minutes = self.save_every_minutes
+        _check(minutes is None or minutes > 0, "run.save_every_minutes", minutes, "> 0 or null")
         for logger in self.loggers:
             _one_of("run.loggers", logger, ("tensorboard", "wandb", "mlflow"))
 
@@ -377,6 +389,8 @@ class EvalConfig:
         _check(len(self.ks) > 0 and all(k >= 1 for k in self.ks), "eval.ks", self.ks, "a list of ranks >= 1")
         _one_of("eval.filter_history", self.filter_history, ("truncated", "full", "none"))
         _check(self.batch_users >= 1, "eval.batch_users", self.batch_users, ">= 1")
+        _check(self.bootstrap >= 0, "eval.bootstrap", self.bootstrap, ">= 0")
+        _check(self.chunk_mib >= 1, "eval.chunk_mib", self.chunk_mib, ">= 1")
 
 
 @dataclass
@@ -397,6 +411,10 @@ class PublishedConfig:
 
     source: str = ""
     """Where the number was published."""
+    dataset: str = ""
+    """``data.name`` it was measured on; shown only beside runs on it."""
+    model: str = ""
+    """``model.name`` it was measured with; shown only beside that model."""
     protocol: str = "reference"
     """Protocol it was made by: reference or stable."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -427,6 +445,18 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     published: PublishedConfig = field(default_factory=PublishedConfig)
+
+
+def published_row(config: Config) -> PublishedConfig | None:
+    """The published row where it can be compared with a run of ``config``, else None.
+
+    Comparable: the same data set, protocol and model, the last event held out, seen items of the model's input
+    removed from the ranking.
+    """
+    row, data = config.published, config.data
+    same = (row.dataset, row.model, row.protocol) == (data.name, config.model.name, data.protocol)
+    usual = data.split == "leave-last-out" and config.eval.filter_history == "truncated"
+    return row if row.metrics and same and usual else None
 
 
 def build(cls: type, values: dict[str, Any], path: str = "") -> Any:

@@ -21,6 +21,7 @@ import torch
 
 from hstu import baselines, metrics, report
 from hstu.cli import command, run_hydra
+from hstu.config import published_row
 from hstu.data.splits import Split, Targets, make_split
 from hstu.errors import UserError
 
@@ -223,7 +224,7 @@ def evaluation_json(
         "part": part,
         "checkpoint": which,
         "eval": dataclasses.asdict(config.eval),
-        "published": dataclasses.asdict(config.published),
+        "published": dataclasses.asdict(row) if (row := published_row(config)) is not None else {},
         "machine": report.machine(),
         "versions": report.versions(),
         "commit": report.commit(),
@@ -241,8 +242,9 @@ def show(evaluation: Evaluation, config: Config, store: SequenceStore, part: str
         if rows[model].intervals:
             columns["95 %\ninterval"] = {n: f"{a:.3f}-{b:.3f}" for n, (a, b) in rows[model].intervals.items()}
         columns |= {system: row.metrics for system, row in rows.items() if system != model}
-        if config.published.metrics and config.published.protocol == store.meta.get("protocol"):
-            columns[f"published\n({config.published.source})"] = dict(config.published.metrics)
+        published = published_row(config)
+        if published is not None:
+            columns[f"published\n({published.source})"] = dict(published.metrics)
         title = f"{dataset_label(store)}, {part}: {rows[model].count:,} users"
         title += "" if group == ALL_USERS else f" ({group})"
         console.print(report.metrics_table(title, columns, names))
@@ -288,6 +290,7 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation:
 
     run = Path(str(options["run"])).expanduser()
     config, store, model = load_run(run, which=options["which"])
+    trained_eval = config.eval
     config = override_eval(config, options["eval"])
     device = run_device(options["device"])
     split = make_split(store, config.run.selection)
@@ -299,7 +302,9 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation:
     seconds = time.perf_counter() - started
     console = Console()
     show(evaluation, config, store, part, console)
-    path = run / ("evaluation.json" if part == "test" else "evaluation-validation.json")
+    usual = part == "test" and options["which"] == "best" and config.eval == trained_eval
+    # evaluation.json stays what the training wrote: the best checkpoint on test with the run's own options
+    path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
     report.write_json(path, evaluation_json(config, store, evaluation, part, options["which"]) | {"seconds": seconds})
     console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False)
     return evaluation

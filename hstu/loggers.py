@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self._file = open(path, "ab")
-        self._file.truncate(size)
+        self._file.truncate(min(size, path.stat().st_size))
         self._file.seek(0, os.SEEK_END)
 
     def write(self, **values: Any) -> None:
@@ -62,7 +63,7 @@ class WeightsAndBiases:
         import wandb
 
         self._run = wandb.init(
-            project="hstu", name=folder.name, id=folder.name, dir=str(folder), config=config, resume="allow"
+            project="hstu", name=folder.name, id=run_id(folder), dir=str(folder), config=config, resume="allow"
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -78,7 +79,12 @@ class MLflow:
 
         self._mlflow = mlflow
         mlflow.set_experiment(str(config["experiment"]))
-        mlflow.start_run(run_name=folder.name)
+        known = folder / "mlflow_run_id"
+        if known.exists():
+            mlflow.start_run(run_id=known.read_text(encoding="utf-8"))
+            return
+        run = mlflow.start_run(run_name=folder.name)
+        known.write_text(run.info.run_id, encoding="utf-8")
         mlflow.log_dict(config, "config.yaml")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -86,6 +92,14 @@ class MLflow:
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+def run_id(folder: Path) -> str:
+    """An id of the run, made once and kept in its folder."""
+    path = folder / "run_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def make_loggers(names: list[str], folder: Path, config: dict[str, Any], first_step: int) -> list[Logger]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str:
-    """Name of the first non-finite tensor: a parameter, else a module's output, else the loss, else a gradient.
+def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
+    """Name of the first non-finite tensor: a parameter, else a module's output, else the loss, else a gradient;
+    None where all are finite.
 
     Args:
         model: as it was when the step failed.
@@ -44,7 +45,7 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not _finite(parameter.grad):
             return f"gradient of {name}"
-    return "the norm of all gradients (each of them is finite)"
+    return None
 
 
 def _finite(t: Tensor) -> bool:

@@ -226,6 +226,9 @@ def run_record(name: str, runs: Sequence[Path], system: str | None = None) -> Re
         configs.append(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
         timings.append(read_json(run / "result.json", f"finish the training of {run} first").get("timing", {}))
     first = evaluations[0]
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        if evaluation.get("checkpoint", "best") != "best":
+            raise UserError(f"{run} was evaluated at its last checkpoint: evaluate the best one")
     for run, evaluation, config in zip(runs, evaluations, configs, strict=True):
         for key in ("dataset", "protocol", "split_hash", "model", "selection", "part", "filter_history"):
             if evaluation[key] != first[key]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hstu import checkpoint, metrics, report
-from hstu.config import Config, from_dict
+from hstu.config import Config, from_dict, published_row
 from hstu.errors import UserError
 from hstu.evaluate import ALL_USERS, assess, evaluate, evaluation_json
+from hstu.runs import run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,8 @@ class Planned:
     """Name shown in the table; the model's name for the experiment itself."""
     config: Config
     folder: Path | None = None
+    parent: Path | None = None
+    """What ``run.dir`` must be to resume the whole command, where it trains several runs."""
 
 
 def expand_runs(options: dict[str, Any]) -> list[Planned]:
@@ -44,6 +47,10 @@ def expand_runs(options: dict[str, Any]) -> list[Planned]:
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"variants: {name}: {str(error).splitlines()[0]}") from None
         settings[name] = OmegaConf.to_container(changed)  # type: ignore[assignment]
+    several = len(seeds) * len(settings) > 1
+    parent = run_folder(base) if several else None
+    if parent is not None and (parent / "config.yaml").exists():
+        raise UserError(f"run.dir={parent} holds a single run; this command trains several: take another folder")
     planned = []
     for variant, values in settings.items():
         for seed in seeds:
@@ -51,10 +58,10 @@ def expand_runs(options: dict[str, Any]) -> list[Planned]:
             if variant != base.model.name:
                 slug = "".join(c if c.isalnum() else "-" for c in variant)
                 config = dataclasses.replace(config, experiment=f"{config.experiment}-{slug}")
-            if config.run.dir is not None and len(seeds) * len(settings) > 1:
-                part = Path(config.run.dir) / f"{config.experiment.replace('/', '-')}-seed{seed}"
+            if parent is not None:
+                part = parent / f"{config.experiment.replace('/', '-')}-seed{seed}"
                 config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(part)))
-            planned.append(Planned(variant, config))
+            planned.append(Planned(variant, config, parent=parent))
     return planned
 
 
@@ -114,13 +121,13 @@ def show_results(runs: list[Planned], console: Console) -> None:
         for variant, entries in evaluations.items():
             columns[variant] = _over_seeds(entries, entries[0]["model"], group, names)
         columns |= _baseline_columns(main[0], model, group, oracle=True)
-        published = first.config.published
-        if published.metrics and published.protocol == main[0]["protocol"]:
+        published = published_row(first.config)
+        if published is not None:
             columns[f"published\n({published.source})"] = dict(published.metrics)
         users = next(r["count"] for r in main[0]["rows"] if r["group"] == group)
         title = f"{main[0]['dataset']}, protocol {main[0]['protocol']}, test, {users:,} users"
         console.print(report.metrics_table(title + ("" if group == ALL_USERS else f" ({group})"), columns, names))
-    _print_notes(runs, main[0], console)
+    _print_notes(runs, console)
 
 
 def _baseline_columns(evaluation: dict[str, Any], model: str, group: str, oracle: bool) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def _over_seeds(entries: list[dict[str, Any]], model: str, group: str, names: li
     return {n: f"{values[n]['mean']:.4f} ± {values[n]['std']:.4f}" for n in names}
 
 
-def _print_notes(runs: list[Planned], evaluation: dict[str, Any], console: Console) -> None:
+def _print_notes(runs: list[Planned], console: Console) -> None:
     for run in runs:
         assert run.folder is not None
         result = report.read_json(run.folder / "result.json", "train again")
@@ -150,7 +157,7 @@ def _print_notes(runs: list[Planned], evaluation: dict[str, Any], console: Conso
         )
     if runs[0].config.run.selection == "reference":
         console.print("run.selection=reference: the best epoch was chosen on test, as the published numbers were.")
-    if runs[0].config.published.metrics and runs[0].config.published.protocol != evaluation["protocol"]:
-        console.print(
-            f"The published row is for protocol {runs[0].config.published.protocol}: not comparable, not shown."
-        )
+    if runs[0].config.published.metrics and published_row(runs[0].config) is None:
+        console.print("The published row was made in another way (data, protocol, model, filter or split): not shown.")
+    elif runs[0].config.published.metrics and runs[0].config.run.selection == "validation":
+        console.print("The published row had its best epoch chosen on test; this run had it chosen on validation.")

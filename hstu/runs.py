@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -26,12 +27,27 @@ def run_folder(config: Config) -> Path:
     if config.run.dir is not None:
         return Path(config.run.dir).expanduser()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs") / config.experiment / f"{stamp}-seed{config.seed}"
-    count = 1
-    while folder.exists():
-        count += 1
-        folder = folder.with_name(f"{stamp}-seed{config.seed}-{count}")
-    return folder
+    name = stamp if config.seeds or config.variants else f"{stamp}-seed{config.seed}"
+    folder, count = Path("runs") / config.experiment / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=False)  # taken from here on, also for a command beside this one
+            return folder
+        except FileExistsError:
+            count += 1
+            folder = folder.with_name(f"{name}-{count}")
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Holds the run folder for this process until the file returned is closed; UserError where another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{folder} is being trained by another process: wait for it or take another run.dir") from None
+    return file
 
 
 def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str, Any]) -> None:
@@ -59,6 +75,13 @@ def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str
         "store": str(store.path.resolve()),
         **extra,
     }
+    if environment_path.exists():  # what began the run stays; a continuation is added
+        begun = report.read_json(environment_path, "delete the run folder")
+        now = {key: environment[key] for key in ("versions", "machine", "commit", "threads")}
+        last = (begun.get("resumed") or [begun])[-1]
+        if any(last.get(key) != value for key, value in now.items()):
+            begun["resumed"] = [*begun.get("resumed", []), now]
+        environment = begun
     report.write_json(environment_path, environment)
     partial = folder / ".config.yaml.partial"
     partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")

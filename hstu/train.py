@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,9 +34,9 @@ from hstu.loggers import MetricsFile, make_loggers
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
 from hstu.progress import Display
-from hstu.runs import describe, load_run, open_store, run_folder
+from hstu.runs import describe, load_run, lock_folder, open_store, run_folder
 from hstu.seeding import derive, seed_everything
-from kernels._backend import set_backend
+from kernels._backend import OPS, choose, set_backend
 from kernels.attention import AttentionPlan
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ INIT_SEED, STEP_SEED = 11, 12
 """Purpose numbers of the seeds of the initial weights and of each step."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; it has saved."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; it has saved. No Exception, so that a sweep stops with its job."""
 
     def __init__(self, number: int, folder: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; saved. Resume with run.dir={folder}")
+        self.number, self.folder = number, folder
         self.exit_code = 128 + number
 
 
@@ -99,7 +101,12 @@ class Trainer:
             raise UserError("run.precision=bfloat16: expected a CUDA device; use float32 on the CPU")
         self._set_up_torch()
         self.split = make_split(store, config.run.selection)
-        self.targets = self.split.validation or self.split.test
+        self.targets = self.split.test if self.split.validation is None else self.split.validation
+        if len(self.targets) == 0:
+            raise UserError("no user has enough events to hold one out; loosen the filters or run.selection=reference")
+        names = metrics.metric_names(config.eval.ks)
+        if config.run.select_metric not in names:
+            raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
         columns = EventColumns(store, self.device, config.loss.event_weights)
         run = config.run
         self.data = TrainBatches(
@@ -108,10 +115,12 @@ class Trainer:
         seed_everything(derive(config.seed, INIT_SEED))
         self.model = RetrievalModel(config.model, store.num_items, config.loss).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.total_steps = run.epochs * self._num_steps(0)
         self.progress = Progress()
         self.checkpoints = folder / "checkpoints"
         self.stop_signal: int | None = None
         self._last_save = time.monotonic()
+        self._lock = lock_folder(folder)
         parameters = self.model.num_parameters()
         describe(folder, config, store, {"parameters": parameters, "device": str(self.device)})
         self._restore()
@@ -124,6 +133,11 @@ class Trainer:
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         set_backend(self.config.kernels.backend)
+        try:
+            for op in OPS:
+                choose(op, self.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         torch.backends.cuda.matmul.allow_tf32 = run.tf32
         torch.backends.cudnn.allow_tf32 = run.tf32
         if self.device.type == "cuda" and run.deterministic:
@@ -169,10 +183,13 @@ class Trainer:
         try:
             while not self.progress.finished:
                 self._epoch()
+            if self.stop_signal is not None:
+                raise Interrupted(self.stop_signal, self.folder)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.metrics_file.close()
+            self._lock.close()
             for logger in self.loggers:
                 logger.close()
             self.display.end_run()
@@ -226,8 +243,7 @@ class Trainer:
         return total
 
     def _rate(self) -> float:
-        total_steps = self.config.run.epochs * self._num_steps(0)
-        return learning_rate(self.config.optim, self.progress.global_step, total_steps)
+        return learning_rate(self.config.optim, self.progress.global_step, self.total_steps)
 
     def _loss(self, batch: Batch, seed: int, plan: AttentionPlan) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
@@ -236,8 +252,14 @@ class Trainer:
     def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
         from hstu.nonfinite import first_non_finite
 
-        batch, plan = step_input.batches[0]
-        name = first_non_finite(self.model, lambda: self._loss(batch, derive(seed, 0), plan))
+        name = None
+        for index, (batch, plan) in enumerate(step_input.batches):
+            found = partial(self._loss, batch, derive(seed, index), plan)
+            name = name or first_non_finite(self.model, found)
+        name = name or "the norm of all gradients (each of them is finite)"
+        self._fail_non_finite(name, f"{loss}")
+
+    def _fail_non_finite(self, name: str, loss: str) -> None:
         saved = checkpoint.steps(self.checkpoints)
         kept = f"last good checkpoint: {saved[-1]}" if saved else "no checkpoint was saved before"
         raise UserError(
@@ -265,6 +287,7 @@ class Trainer:
         if run.save_every_minutes is not None:
             due = due or time.monotonic() - self._last_save >= 60.0 * run.save_every_minutes
         if due:
+            self._check_parameters()
             self._save()
 
     def _log(self, values: dict[str, float], **extra: Any) -> None:
@@ -273,8 +296,15 @@ class Trainer:
         for logger in self.loggers:
             logger.log(step, values)
 
+    def _check_parameters(self) -> None:
+        """An update can overflow though its gradients were finite: seen here, before anything is saved."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                self._fail_non_finite(f"parameter {name}", "not computed yet")
+
     def _end_epoch(self) -> None:
         progress, run = self.progress, self.config.run
+        self._check_parameters()
         epoch_loss = progress.loss_sum / max(1, progress.loss_events)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_events = 0.0, 0
@@ -298,8 +328,6 @@ class Trainer:
         result = evaluate(self.model, self.store, self.targets, self.config, self.device)
         values = metrics.summarize(result.ranks, self.config.eval.ks)
         name = self.config.run.select_metric
-        if name not in values:
-            raise UserError(f"run.select_metric={name}: expected one of {', '.join(values)}")
         improved = values[name] > progress.best
         if improved:
             progress.best, progress.best_epoch, progress.evals_since_best = values[name], progress.epoch, 0
@@ -341,7 +369,12 @@ def run_command(options: dict[str, Any]) -> None:
 
     plan = expand_runs(options)
     display = Display(plan[0].config.run.progress)
-    finished = [dataclasses.replace(entry, folder=train(entry.config, display)) for entry in plan]
+    finished = []
+    for entry in plan:
+        try:
+            finished.append(dataclasses.replace(entry, folder=train(entry.config, display)))
+        except Interrupted as stop:
+            raise Interrupted(stop.number, entry.parent or stop.folder) from None
     show_results(finished, display.console)
 
 

@@ -50,6 +50,7 @@ def get_backend() -> str:
     return _requested
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op_name: str, device: torch.device) -> Choice:
     """Chooses the backend of an op on a device.
 

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all, the last k kept, clear errors."""
 
+import os
+
 import pytest
 import torch
 
@@ -29,6 +31,15 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, {"model": {}}, 2, keep_last=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001.pt"]
+
+
+def test_a_full_disk_is_reported_as_one(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    (tmp_path / "step-000000001.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, {"model": {"w": torch.zeros(10_000)}}, 1, keep_last=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_broken_missing_and_foreign_files_are_one_clear_line(tmp_path):

@@ -142,7 +142,7 @@ def run_command(monkeypatch, *options):
 
 def test_command_prints_tables_and_writes_json(store, tmp_path, monkeypatch, capsys):
     config = small_config()
-    config.published = PublishedConfig(source="a paper", metrics={"hr@10": 0.5})
+    config.published = PublishedConfig(source="a paper", dataset="small", model="hstu", metrics={"hr@10": 0.5})
     fake_train(monkeypatch, config, store, small_model(config, store))
     monkeypatch.setenv("COLUMNS", "160")
     assert run_command(monkeypatch, f"run={tmp_path}", "eval.ks=[5,10]", "device=cpu") == 0
@@ -151,13 +151,13 @@ def test_command_prints_tables_and_writes_json(store, tmp_path, monkeypatch, cap
                  "0.5000", "hstu on test, by history length", "by item popularity", "by time gap"):  # fmt: skip
         assert text in out
     assert "hr@1 " not in out
-    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert not (tmp_path / "evaluation.json").exists()  # it keeps what the run's own options give
+    written = json.loads((tmp_path / "evaluation-test-best.json").read_text())
     assert written["split_hash"] == store.meta["split_hash"]
     assert written["eval"]["ks"] == [5, 10]
     assert set(written["rows"][0]["metrics"]) == {"hr@5", "ndcg@5", "hr@10", "ndcg@10", "mrr"}
-    assert not (tmp_path / "evaluation-validation.json").exists()
     assert run_command(monkeypatch, f"run={tmp_path}", "split=validation", "eval.bootstrap=0", "device=cpu") == 0
-    assert json.loads((tmp_path / "evaluation-validation.json").read_text())["rows"][0]["intervals"] == {}
+    assert json.loads((tmp_path / "evaluation-validation-best.json").read_text())["rows"][0]["intervals"] == {}
 
 
 def test_published_row_of_the_other_protocol_is_not_shown(store, tmp_path, monkeypatch, capsys):

@@ -25,15 +25,17 @@ from hstu.config import (
     HSTUConfig,
     LossConfig,
     OptimConfig,
+    PublishedConfig,
     RunConfig,
     SASRecConfig,
+    published_row,
     to_dict,
 )
 from hstu.errors import UserError
 from hstu.nonfinite import first_non_finite
 from hstu.results import expand_runs, show_results
-from hstu.runs import load_run
-from hstu.train import Trainer, run_command, train
+from hstu.runs import load_run, lock_folder
+from hstu.train import Interrupted, Trainer, run_command, train
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("events_per_s",)
@@ -183,8 +185,6 @@ def test_a_signal_saves_first_and_the_run_resumes(finished, tmp_path, monkeypatc
             os.kill(os.getpid(), number)
         return step(self, step_input)
 
-    from hstu.train import Interrupted
-
     monkeypatch.setattr(Trainer, "_step", step_then_signal)
     with pytest.raises(Interrupted) as raised:
         train(stopped)
@@ -306,9 +306,71 @@ def test_published_row_of_another_protocol_is_not_shown(finished, tmp_path):
     config, folder = finished
     evaluation = json.loads((folder / "evaluation.json").read_text())
     plan = expand_runs(to_dict(config))
-    published = dataclasses.replace(config.published, source="them", protocol="stable", metrics={"hr@10": 0.9})
+    published = dataclasses.replace(
+        config.published, source="them", dataset="synthetic", model="hstu", protocol="stable", metrics={"hr@10": 0.9}
+    )
     shown = io.StringIO()
     run = dataclasses.replace(plan[0], folder=folder, config=dataclasses.replace(config, published=published))
     show_results([run], Console(file=shown, width=160))
     assert evaluation["protocol"] != "stable"
-    assert "not comparable, not shown" in shown.getvalue() and "0.9000" not in shown.getvalue()
+    assert "another way" in shown.getvalue() and "0.9000" not in shown.getvalue()
+
+
+def test_the_published_row_stands_beside_the_run_it_belongs_to():
+    base = Config(data=DataConfig(name="d", source="log"), model=HSTUConfig())
+    row = PublishedConfig(source="them", dataset="d", model="hstu", metrics={"hr@10": 0.5})
+    config = dataclasses.replace(base, published=row)
+    assert published_row(config) is row
+    others = [
+        {"data": DataConfig(name="e", source="log")},
+        {"data": DataConfig(name="d", source="log", protocol="stable")},
+        {"data": DataConfig(name="d", source="log", split="global-time", split_time="0.9q")},
+        {"model": SASRecConfig()},
+        {"eval": EvalConfig(filter_history="full")},
+        {"published": PublishedConfig()},
+    ]
+    assert [published_row(dataclasses.replace(config, **change)) for change in others] == [None] * len(others)
+
+
+def test_a_run_folder_is_for_one_process(finished):
+    _, folder = finished
+    held = lock_folder(folder)
+    with pytest.raises(UserError, match="another process"):
+        lock_folder(folder)
+    held.close()
+    lock_folder(folder).close()
+
+
+def test_several_runs_resume_by_their_common_folder(tmp_path, monkeypatch):
+    options = to_dict(make_config(tmp_path, "several", run_epochs=1)) | {"seeds": [0, 1]}
+    step = Trainer._step
+
+    def step_then_signal(self, step_input):
+        if self.config.seed == 1 and self.progress.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, step_input)
+
+    monkeypatch.setattr(Trainer, "_step", step_then_signal)
+    with pytest.raises(Interrupted, match=f"run.dir={tmp_path / 'several'}$"):
+        run_command(options)
+    monkeypatch.setattr(Trainer, "_step", step)
+    run_command(options)
+    results = sorted((tmp_path / "several").glob("*/result.json"))
+    assert [p.parent.name for p in results] == ["tiny-seed0", "tiny-seed1"]
+    with pytest.raises(UserError, match="holds a single run"):
+        run_command({**options, "run": {**options["run"], "dir": str(results[0].parent)}})
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("run.log_every_steps", 0), ("run.eval_every_epochs", 0), ("run.save_every_steps", 0), ("eval.bootstrap", -1),
+        ("model.qk_dim", 0), ("optim.eps", 0.0),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_before_anything_runs(tmp_path, key, value):
+    options = to_dict(make_config(tmp_path))
+    group, name = key.split(".")
+    options[group][name] = value
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        expand_runs(options)

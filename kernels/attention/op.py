@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._backend import choose
 from kernels.attention.cpu import attention_bwd_cpu, attention_fwd_cpu
 from kernels.attention.plan import AttentionPlan
 from kernels.attention.reference import attention_reference
@@ -45,6 +46,7 @@ def attention(
     Source: Zhai et al. 2024 (arXiv 2402.17152), section 3.1, bias as in the reference code.
     """
     _validate(q, k, v, plan, position_weight, time_weight, divisor)
+    choose("attention", q.device)  # an explicit backend that cannot be met raises
     if q.device.type != "cpu":
         # Until the Triton kernel is there, other devices run the specification itself.
         return attention_reference(q, k, v, plan, position_weight, time_weight, divisor, scale)

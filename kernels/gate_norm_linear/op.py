@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._backend import choose
 from kernels._dropout import keep_scale
 
 
@@ -48,6 +49,7 @@ def gate_norm_linear(
         raise ValueError(f"dropout={dropout}: expected in [0, 1)")
     if len({t.device for t in (av, u, weight, bias, residual)}) > 1:
         raise ValueError("av, u, weight, bias, residual: expected one device")
+    choose("gate_norm_linear", av.device)  # an explicit backend that cannot be met raises
     rate = dropout if seed is not None else 0.0
     return torch.ops.hstu.gate_norm_linear(av, u, weight, bias, residual, eps, rate, seed or 0)
 

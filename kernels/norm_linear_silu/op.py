@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._backend import choose
+
 
 def norm_linear_silu(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``SiLU(LayerNorm(x) W)`` in one op; the backward keeps only x and W and recomputes the rest.
@@ -33,6 +35,7 @@ def norm_linear_silu(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         raise ValueError(f"x and weight: expected floating on one device, got {x.dtype} {x.device}, {weight.device}")
     if not eps > 0:
         raise ValueError(f"eps={eps}: expected > 0")
+    choose("norm_linear_silu", x.device)  # an explicit backend that cannot be met raises
     return torch.ops.hstu.norm_linear_silu(x, weight, eps)
 
 
