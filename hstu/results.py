@@ -85,7 +85,6 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
         "events_per_s": progress.num_events / max(1e-9, progress.seconds),
     }
     part = "test" if trainer.split.validation is None else "validation"
-    part = "test" if trainer.split.validation is None else "validation"
     report.write_json(
         folder / "result.json",
         {

@@ -158,6 +158,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        self._check_parameters()
         checkpoint.save(self.checkpoints, self._state(), self.progress.global_step, self.config.run.keep_last)
         self._last_save = time.monotonic()
 
@@ -287,7 +288,6 @@ class Trainer:
         if run.save_every_minutes is not None:
             due = due or time.monotonic() - self._last_save >= 60.0 * run.save_every_minutes
         if due:
-            self._check_parameters()
             self._save()
 
     def _log(self, values: dict[str, float], **extra: Any) -> None:
@@ -313,11 +313,11 @@ class Trainer:
             self._validate(epoch_loss)
             done = done or self._stopped_early()
         progress.finished = done
-        if done or (run.save_every_epochs is not None and progress.epoch % run.save_every_epochs == 0):
+        stopping = self.stop_signal
+        if done or stopping or (run.save_every_epochs is not None and progress.epoch % run.save_every_epochs == 0):
             self._save()
-        if self.stop_signal is not None and not done:
-            self._save()
-            raise Interrupted(self.stop_signal, self.folder)
+        if stopping is not None and not done:
+            raise Interrupted(stopping, self.folder)
 
     def _stopped_early(self) -> bool:
         limit = self.config.run.early_stop_evals
