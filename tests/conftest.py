@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; without a GPU launchers run interpreted
 
 THREADS = 1
 """Tests are small: more threads would mostly wait for each other, above all beside other work."""
