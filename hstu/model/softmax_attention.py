@@ -92,7 +92,7 @@ class _Blocked(torch.autograd.Function):
 def _walk(plan: AttentionPlan, q: Tensor, num_buffers: int) -> tuple[BlockWalk, Tensor, Tensor]:
     assert plan.schedule is not None and plan.rows is not None and plan.slots is not None
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    walk = BlockWalk(plan.schedule, plan.rows, None, None, None, q.shape[1], work, num_buffers)
+    walk = BlockWalk(plan.schedule, plan.rows, (None, None, None), False, None, None, q.shape[1], work, num_buffers)
     return walk, plan.rows, plan.slots
 
 
@@ -101,11 +101,11 @@ def _weights(
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """(start, stop, softmax weights [b*H, r, stop], dropout mask of 0 and 1 or None) of each row block."""
     scale = 1.0 / math.sqrt(q.shape[2])
-    for start, stop, _ in walk.blocks(group):
-        score = walk.scores(q, k, start, stop, None, scale)
+    for pairs in walk.blocks(group):
+        score = walk.scores(q, k, pairs, scale)
         weight = torch.softmax(score, dim=-1, out=walk.buffer(1, score.shape))
-        mask = keep_mask(score.shape, rate, derive(seed, start)).to(walk.work) if rate > 0 else None
-        yield start, stop, weight, mask
+        mask = keep_mask(score.shape, rate, derive(seed, pairs.start)).to(walk.work) if rate > 0 else None
+        yield pairs.start, pairs.stop, weight, mask
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rate: float, seed: int | None) -> Tensor:

@@ -1,6 +1,8 @@
-"""Jagged causal pointwise attention of HSTU with relative position and time bias."""
+"""Pointwise aggregated attention of HSTU over jagged batches."""
 
 from kernels.attention.op import attention
-from kernels.attention.plan import AttentionPlan, TimeBuckets, make_plan
+from kernels.attention.plan import AttentionPlan, make_plan
+from kernels.attention.reference import Mask
+from kernels.attention.times import PowerLaw, TimeBuckets
 
-__all__ = ["AttentionPlan", "TimeBuckets", "attention", "make_plan"]
+__all__ = ["AttentionPlan", "Mask", "PowerLaw", "TimeBuckets", "attention", "make_plan"]

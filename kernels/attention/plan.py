@@ -1,83 +1,75 @@
-"""What all layers of one batch share: where each user's rows lie, which time bucket each pair falls in.
+"""What all layers of one batch share: where each user's rows lie, who sees whom, how far apart in time.
 
-Legend: B users, L total events, N padded length (position table has 2N-1 entries), H heads.
+Legend: B users, L query rows in all, H heads.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ROW_BLOCK = 64
-"""Query rows handled together; their keys are the causal prefix, so about (n + 64) / 2n of the square is computed."""
-BLOCK_PAIRS = 160_000
-"""Pairs (users x rows x keys) per block: three float32 buffers of that size stay inside a 2 MiB L2 cache."""
-MAX_PADDING = 1.12
-"""Users share a padded group while its padded events stay within this factor of its real events."""
-
-
-@dataclass(frozen=True)
-class TimeBuckets:
-    """Buckets of a time gap: ``floor(ln(max(1, |gap_s|)) / width)``, the last one open.
-
-    Source of the function: Zhai et al. 2024, reference code (its width, 0.301, looks like log10(2) but divides a
-    natural log). With 0.301 and 129 buckets: bucket 0 holds gaps of 0 and 1 s, bucket 10 those of 21 to 27 s,
-    bucket 40 those of 2.0 to 2.6 days, bucket 59 those of 1.6 to 2.2 years.
-    """
-
-    count: int = 129
-    width: float = 0.301
-    """In ln(s)."""
-
-    def of(self, gap_s: Tensor) -> Tensor:
-        """Bucket of each gap (any shape, int64 or float64, whole s; the sign is dropped): int32, 0 .. count-1."""
-        exact = gap_s.to(torch.float64, copy=True)  # whole numbers below 2^53 stay exact
-        return exact.abs_().clamp_(1.0, self._last_s).log_().div_(self.width).to(torch.int32)
-
-    @property
-    def _last_s(self) -> float:
-        """A gap inside the last bucket."""
-        return math.exp(min((self.count - 0.5) * self.width, 700.0))
-
-    def thresholds(self) -> Tensor:
-        """[count-1] int64, s: smallest whole gap of bucket 1, 2, ...; for kernels, which then need no logarithm.
-
-        Equal to :meth:`of` for gaps below 2^40 s (35,000 years).
-        """
-        limit = torch.iinfo(torch.int64).max
-        steps = (b * self.width for b in range(1, self.count))
-        return torch.tensor([math.ceil(math.exp(x)) if x < 62 * math.log(2) else limit for x in steps])
-
+from kernels._backend import choose
+from kernels.attention.layout import lay_out
+from kernels.attention.reference import CAUSAL, Mask
+from kernels.attention.times import MAX_GAP_S, PowerLaw, TimeBuckets
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """Layout of a jagged batch, computed once and shared by all layers.
 
     Attributes:
-        offsets: [B+1] int64. User b owns rows offsets[b] .. offsets[b+1].
-        max_len: longest user, int.
+        offsets: [B+1] int64. User b owns query rows offsets[b] .. offsets[b+1].
+        max_len: longest user (its keys), int.
         query_time: [L] int64, s. Time at which each row's prediction is asked for, or None.
         key_time: [L] int64, s. Time of each event, or None.
-        time_buckets: how gaps are bucketed, or None.
+        time_buckets: how gaps become weights, or None.
+        mask: who sees whom.
+        num_targets: [B] int64. Rows at each user's end that are targets, or None.
+        max_query_len: longest user (its query rows), int.
+        key_starts, key_lengths: [B] int64. Delta form: user b's keys are rows key_starts[b] .. + key_lengths[b] of k
+            and v, and its query rows are the last of that sequence. None: queries and keys are the same rows.
+        row_counts: [L] float32. Rows that each query row sees (at least 1), or None.
         schedule: [G, 2] int64 (CPU path). Users and padded length of each group of similar lengths.
         rows: [sum of users x padded length] int64 (CPU path). Row of each padded slot; pads repeat a real row.
         slots: [L] int64 (CPU path). Padded slot of each row.
-        buckets: flat int32 (CPU path). Time bucket of each (query, key) pair, block by block.
+        buckets: flat int32 or float32 (CPU path). What ``time_buckets.of`` gives for each (query, key) pair, block
+            by block.
+        hidden: flat bool (CPU path). Pairs that the mask hides, block by block; None: plainly causal.
+        pair_positions: flat int32 (CPU path). j - i of each pair, targets at the end of the history; None: no targets.
+        order: [B] int32 (kernel). Users, longest first.
+        query_age, key_age: [L] int32, s (kernel). Times counted back from the user's last one.
+        thresholds: [buckets+1] int32, s (kernel). Smallest gap of each bucket.
     """
 
     offsets: Tensor
     max_len: int
     query_time: Tensor | None = None
     key_time: Tensor | None = None
-    time_buckets: TimeBuckets | None = None
+    time_buckets: TimeBuckets | PowerLaw | None = None
+    mask: Mask = CAUSAL
+    num_targets: Tensor | None = None
+    max_query_len: int = 0
+    key_starts: Tensor | None = None
+    key_lengths: Tensor | None = None
+    row_counts: Tensor | None = None
     schedule: Tensor | None = None
     rows: Tensor | None = None
     slots: Tensor | None = None
     buckets: Tensor | None = None
+    hidden: Tensor | None = None
+    pair_positions: Tensor | None = None
+    order: Tensor | None = None
+    query_age: Tensor | None = None
+    key_age: Tensor | None = None
+    thresholds: Tensor | None = None
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether the queries are only the last rows of the keys' sequences."""
+        return self.key_starts is not None
 
 
 def make_plan(
@@ -85,98 +77,142 @@ def make_plan(
     max_len: int,
     query_time: Tensor | None = None,
     key_time: Tensor | None = None,
-    time_buckets: TimeBuckets | None = None,
+    time_buckets: TimeBuckets | PowerLaw | None = None,
+    *,
+    mask: Mask = CAUSAL,
+    num_targets: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    max_query_len: int | None = None,
+    count_rows: bool = False,
 ) -> AttentionPlan:
-    """Lays out a batch for all attention layers; on CPU also groups users by length and buckets all time gaps.
+    """Lays out a batch for all attention layers.
+
+    On the CPU it also groups users by length and buckets all time gaps; where the Triton kernel will run it orders
+    users by length and turns times into 32-bit ages.
 
     Args:
-        offsets: [B+1] int32 or int64, ascending from 0.
-        max_len: int, at least the longest user.
-        query_time, key_time: [L] int64, s. Both or neither.
-        time_buckets: how gaps are bucketed. Needed with times.
+        offsets: [B+1] int32 or int64, ascending from 0. Of the query rows.
+        max_len: int, at least the longest user (its keys).
+        query_time: [L] int64, s, one per query row; key_time: one per key row. Both or neither.
+        time_buckets: how gaps become weights. Needed with times.
+        mask: who sees whom.
+        num_targets: [B] int32 or int64. The last rows of each user that are targets; None: none.
+        key_starts, key_lengths: [B] int32 or int64. Delta form (cached inference), see :class:`AttentionPlan`; both
+            or neither. ``key_lengths[b]`` is at least the user's query rows.
+        max_query_len: int, at least the longest user's query rows; ``max_len`` when None.
+        count_rows: also count the rows each row sees, for ``divisor="row_count"``.
 
     Raises:
-        ValueError: shapes, dtypes or the presence of the time arguments do not fit together.
+        ValueError: shapes, dtypes or the presence of arguments do not fit together; on the CPU also lengths that do
+            not fit (targets beyond a user's rows, fewer keys than queries).
     """
+    _check_plan_arguments(offsets, query_time, key_time, time_buckets, num_targets, key_starts, key_lengths)
+    offsets = offsets.to(torch.int64)
+    lengths = offsets.diff()
+    if key_starts is not None and key_lengths is not None:
+        key_starts, key_lengths = key_starts.to(torch.int64), key_lengths.to(torch.int64)
+    if num_targets is not None:
+        num_targets = num_targets.to(torch.int64)
+    if offsets.device.type == "cpu":
+        _check_lengths_on_cpu(lengths, key_lengths, num_targets, max_len)
+    longest = max_len if max_query_len is None else max_query_len
+    plan = AttentionPlan(
+        offsets, max_len, query_time, key_time, time_buckets, mask, num_targets, longest, key_starts, key_lengths
+    )
+    if count_rows:
+        plan = replace(plan, row_counts=_row_counts(plan))
+    if offsets.device.type == "cpu" and not plan.is_delta:
+        plan = replace(plan, **lay_out(offsets, query_time, key_time, time_buckets, mask, num_targets))
+    if choose("attention", offsets.device).backend == "triton":
+        plan = _plan_for_kernel(plan)
+    return plan
+
+
+def _check_plan_arguments(offsets: Tensor, query_time: Tensor | None, key_time: Tensor | None, time_buckets: Any,
+                          num_targets: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None) -> None:  # fmt: skip
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets: expected [B+1] int32 or int64, got {list(offsets.shape)} {offsets.dtype}")
     given = [query_time is not None, key_time is not None, time_buckets is not None]
     if any(given) and not all(given):
         raise ValueError("query_time, key_time and time_buckets: give all three or none")
-    offsets = offsets.to(torch.int64)
-    if offsets.device.type != "cpu":
-        return AttentionPlan(offsets, max_len, query_time, key_time, time_buckets)
-    schedule, rows, slots = _group_by_length(offsets)
-    plan = AttentionPlan(offsets, max_len, query_time, key_time, time_buckets, schedule, rows, slots)
-    if query_time is None or key_time is None or time_buckets is None:
+    if (key_starts is None) != (key_lengths is None):
+        raise ValueError("key_starts and key_lengths: give both or none")
+    expected = (offsets.shape[0] - 1,)
+    for name, x in (("num_targets", num_targets), ("key_starts", key_starts), ("key_lengths", key_lengths)):
+        if x is not None and (tuple(x.shape) != expected or x.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(f"{name}: expected {list(expected)} int32 or int64, got {list(x.shape)} {x.dtype}")
+
+
+def _check_lengths_on_cpu(lengths: Tensor, key_lengths: Tensor | None, num_targets: Tensor | None, max_len: int) -> None:
+    """On the CPU, where reading is free."""
+    keys = lengths if key_lengths is None else key_lengths
+    if bool((keys < lengths).any()):
+        raise ValueError("key_lengths: a user has fewer keys than query rows; its queries are the last of its keys")
+    if keys.numel() and int(keys.max()) > max_len:
+        raise ValueError(f"max_len={max_len}: the longest user has {int(keys.max())} rows")
+    if num_targets is not None and bool(((num_targets < 0) | (num_targets > keys)).any()):
+        raise ValueError("num_targets: expected 0 .. the user's number of rows")
+
+
+def _positions(plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each query row, [L] int64: its position in its user's sequence, the sequence's length, the history's."""
+    lengths = plan.offsets.diff()
+    num_rows = _num_query_rows(plan)
+    user = torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths, output_size=num_rows)
+    keys = lengths if plan.key_lengths is None else plan.key_lengths
+    history = keys if plan.num_targets is None else keys - plan.num_targets
+    within = torch.arange(num_rows, device=lengths.device) - plan.offsets[:-1][user]
+    return within + (keys - lengths)[user], keys[user], history[user]
+
+
+def _num_query_rows(plan: AttentionPlan) -> int:
+    """L; known on the host from the times, else read from the offsets."""
+    return plan.query_time.shape[0] if plan.query_time is not None else int(plan.offsets[-1])
+
+
+def _row_counts(plan: AttentionPlan) -> Tensor:
+    """[L] float32: how many rows each query row sees, by the mask rule in closed form; at least 1."""
+    mask = plan.mask
+    i, _, history = _positions(plan)
+    is_target = i >= history
+    at = torch.minimum(i, history)
+    first = torch.zeros_like(i)
+    end = torch.minimum(at + 1, history) if mask.causal else history
+    if mask.window:
+        limited = torch.ones_like(is_target) if not mask.full_rows else at < history - mask.full_rows
+        first = torch.where(limited, (at - mask.window + 1).clamp(min=0), first)
+        if not mask.causal:
+            end = torch.where(limited, torch.minimum(at + mask.window, history), end)
+    prefix = history.clamp(max=mask.contextual)
+    count = (end - first).clamp(min=0) + torch.minimum(prefix, first)  # the prefix rows before the window
+    count = torch.where(i < prefix, history, count) + is_target
+    return count.clamp(min=1).to(torch.float32)
+
+
+def _plan_for_kernel(plan: AttentionPlan) -> AttentionPlan:
+    lengths = plan.offsets.diff() if plan.key_lengths is None else plan.key_lengths
+    plan = replace(plan, order=torch.argsort(lengths, descending=True).to(torch.int32))
+    if plan.query_time is None or plan.key_time is None or plan.time_buckets is None:
         return plan
-    parts = []
-    query_time, key_time = query_time.to(torch.float64), key_time.to(torch.float64)
-    for group in groups(schedule):
-        index = rows[group.slots].view(group.num_users, group.length)
-        query, key = query_time[index], key_time[index]
-        for start, stop in row_blocks(group.length):
-            gap_s = query[:, start:stop, None] - key[:, None, :stop]
-            parts.append(time_buckets.of(gap_s).view(-1))
-    buckets = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)
-    return AttentionPlan(offsets, max_len, query_time, key_time, time_buckets, schedule, rows, slots, buckets)
+    query_age, key_age = _ages(plan, plan.query_time, plan.key_time)
+    if isinstance(plan.time_buckets, TimeBuckets):
+        plan = replace(plan, thresholds=plan.time_buckets.thresholds().to(query_age.device, non_blocking=True))
+    return replace(plan, query_age=query_age, key_age=key_age)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Users of similar length, padded to the longest of them."""
-
-    num_users: int
-    length: int
-    slots: slice
-    """Their padded slots."""
-
-
-def groups(schedule: Tensor) -> Iterator[Group]:
-    """The padded groups of a plan's ``schedule`` [G, 2] in order."""
-    start = 0
-    for num_users, length in schedule.tolist():
-        stop = start + num_users * length
-        yield Group(num_users, length, slice(start, stop))
-        start = stop
-
-
-def row_blocks(length: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each block of query rows; the keys of a block are 0 .. stop."""
-    for start in range(0, length, ROW_BLOCK):
-        yield start, min(start + ROW_BLOCK, length)
-
-
-def _group_by_length(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups users by length, longest first. Returns schedule [G, 2], rows [slots], slots [L]."""
-    lengths = offsets.diff()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    sorted_lengths = lengths[order].tolist()
-    schedule: list[tuple[int, int]] = []
-    index = 0
-    while index < len(sorted_lengths) and sorted_lengths[index] > 0:
-        longest = sorted_lengths[index]
-        most = max(1, BLOCK_PAIRS // (min(longest, ROW_BLOCK) * longest))
-        real, count = 0, 0
-        while index + count < len(sorted_lengths) and count < most:
-            length = sorted_lengths[index + count]
-            if length == 0 or (count + 1) * longest > MAX_PADDING * (real + length):
-                break
-            real, count = real + length, count + 1
-        schedule.append((count, longest))
-        index += count
-    table = torch.tensor(schedule, dtype=torch.int64).view(-1, 2)
-    num_users = int(table[:, 0].sum())
-    order = order[:num_users]
-    padded = table[:, 1].repeat_interleave(table[:, 0])  # [users] padded length of each
-    ends = padded.cumsum(0)
-    starts = ends - padded
-    total = int(padded.sum())
-    owner = torch.arange(num_users).repeat_interleave(padded, output_size=total)
-    within = torch.arange(total) - starts[owner]
-    first, length = offsets[:-1][order], lengths[order]
-    rows = first[owner] + torch.minimum(within, length[owner] - 1)
-    real_slots = (within < length[owner]).nonzero().squeeze(1)
-    slots = torch.empty(int(offsets[-1]), dtype=torch.int64)
-    slots[rows[real_slots]] = real_slots
-    return table, rows, slots
+def _ages(plan: AttentionPlan, query_time: Tensor, key_time: Tensor) -> tuple[Tensor, Tensor]:
+    """Times of the rows counted back from their user's latest one, int32 s, at most MAX_GAP_S."""
+    num_users = plan.offsets.shape[0] - 1
+    users = torch.arange(num_users, device=plan.offsets.device)
+    query_user = torch.repeat_interleave(users, plan.offsets.diff(), output_size=query_time.shape[0])
+    if plan.key_starts is None or plan.key_lengths is None:
+        key_user = query_user
+    else:  # rows of no user (spare room of a cache) take any user's base: nobody reads them
+        order = torch.argsort(plan.key_starts)
+        slot = torch.searchsorted(plan.key_starts[order], torch.arange(key_time.shape[0], device=users.device), right=True)
+        key_user = order[(slot - 1).clamp(min=0)]
+    latest = query_time.new_full((num_users,), torch.iinfo(torch.int64).min)
+    latest.scatter_reduce_(0, query_user, query_time, "amax").scatter_reduce_(0, key_user, key_time, "amax")
+    ages = [(latest[u] - t).clamp_(max=MAX_GAP_S).to(torch.int32) for u, t in ((query_user, query_time), (key_user, key_time))]
+    return ages[0], ages[1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kernels.attention import TimeBuckets, attention, make_plan
-from kernels.attention.plan import ROW_BLOCK, groups
+from kernels.attention.layout import ROW_BLOCK, groups
+from kernels.attention.times import MAX_GAP_S
 from kernels.attention.reference import attention_reference
 from tests.oracle import compare
 
@@ -83,14 +84,14 @@ def test_users_do_not_see_each_other_and_no_event_sees_a_later_one():
 
 def test_published_buckets_and_thresholds():
     gaps = torch.tensor([0, 1, -1, 2, 3, 20, 21, 27, 28, 86_400, 10**12])
-    expected = [min(128, math.floor(math.log(max(1, abs(g))) / 0.301)) for g in gaps.tolist()]
+    expected = [min(128, math.floor(math.log(min(max(1, abs(g)), MAX_GAP_S)) / 0.301)) for g in gaps.tolist()]
     assert BUCKETS.of(gaps).tolist() == expected
     assert TimeBuckets(10).of(torch.tensor([10**9, 0])).tolist() == [9, 0]
     thresholds = BUCKETS.thresholds()
-    exact = thresholds[thresholds < 2**40]
-    near = (exact[:, None] + torch.arange(-2, 3)).clamp(min=0).view(-1)
-    near = torch.cat([near[near < 2**40], torch.arange(100_000)])
-    assert torch.equal(BUCKETS.of(near).long(), torch.bucketize(near, thresholds, right=True))
+    assert thresholds[0] == 0 and thresholds[-1] == MAX_GAP_S + 1 and len(thresholds) == BUCKETS.count + 1
+    near = (thresholds.long()[:, None] + torch.arange(-2, 3)).clamp(min=0, max=MAX_GAP_S).view(-1)
+    near = torch.cat([near, torch.arange(100_000)])
+    assert torch.equal(BUCKETS.of(near).long(), torch.bucketize(near, thresholds, right=True) - 1)
 
 
 # Against the reference: outputs and every gradient
@@ -169,7 +170,7 @@ def test_opcheck():
     inputs, plan = make([5, 7])
     leaves = {n: x.requires_grad_() for n, x in inputs.items()}
     arguments = (leaves["q"], leaves["k"], leaves["v"], plan.schedule, plan.rows, plan.slots, plan.buckets,
-                 leaves["position_weight"], leaves["time_weight"], 9.0, 1.0)  # fmt: skip
+                 None, None, None, leaves["position_weight"], leaves["time_weight"], 9.0, 1.0, False)  # fmt: skip
     torch.library.opcheck(torch.ops.hstu.attention.default, arguments)
 
 
