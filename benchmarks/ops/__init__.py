@@ -46,7 +46,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._backend import OPS
+
 PRESETS = ("toy", "quick", "full")
+BENCHES = (*OPS, "layer")
+"""What ``op=`` takes: every op, and the whole HSTU layer stack."""
 Sizes = Mapping[str, Any]
 
 
@@ -87,6 +91,8 @@ class Problem:
     competitors: Mapping[str, Callable[[], Run]] = field(default_factory=dict)
     """By name, a function that makes the competitor's :class:`Run` (own copies of the inputs where it needs another
     layout). It raises :class:`Absent` with the reason where it cannot run; imports and compilation belong in here."""
+    tokens: int | None = None
+    """Events that one call handles, where tokens per second mean something."""
 
 
 @dataclass(frozen=True)
