@@ -56,6 +56,28 @@ def block_rows(like: Tensor, num_columns: int, chunk_mib: float) -> int:
     return min(rows, max(1, like.shape[0]))
 
 
+def operand_dtype(queries: Tensor, table: Tensor) -> torch.dtype:
+    """What a Triton loss over a table rounds its operands to: the dtype of autocast where it is on, else their own.
+
+    Both in one dtype: that one; two dtypes: the one that holds both. float64 stays, and runs on torch.
+    """
+    dtype = torch.promote_types(queries.dtype, table.dtype)
+    device = queries.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype`` if that is as narrow or narrower, else x itself: a kernel widens what it reads for nothing."""
+    return x.to(dtype) if dtype.itemsize <= x.dtype.itemsize else x
+
+
+def deterministic_or(wanted: bool | None) -> bool:
+    """``wanted``; None: what ``torch.use_deterministic_algorithms`` was told."""
+    return torch.are_deterministic_algorithms_enabled() if wanted is None else wanted
+
+
 def no_autocast(device: torch.device) -> torch.autocast:
     """Context that turns autocast off: an op's own products keep the dtype it chose."""
     return torch.autocast(device_type=device.type, enabled=False)

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._backend import get_backend
 from kernels._common import block_rows, row_chunks, rows_within
+from kernels._philox import uniform_ids
 
 # torch says once that sparse CSR is beta; a training run has no use for it.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -34,12 +36,14 @@ PAD_WIDTH = 16
 
 
 def draw_negatives(num_positions: int, num_negatives: int, num_items: int, seed: int, device: torch.device) -> Tensor:
-    """Uniform ids 1..num_items with replacement, [num_positions, num_negatives] int32, a function of ``seed``."""
-    shape = (num_positions, num_negatives)
-    if device.type == "cpu":  # numpy draws bounded int32 faster than torch does
+    """Uniform ids 1..num_items with replacement, [num_positions, num_negatives] int32, a function of ``seed``.
+
+    On CUDA, and where the Triton kernels were asked for, these are the ids that the Triton kernel draws.
+    """
+    if device.type == "cpu" and get_backend() != "triton":  # numpy draws bounded int32 faster than torch does
+        shape = (num_positions, num_negatives)
         return torch.from_numpy(np.random.default_rng(seed).integers(1, num_items + 1, size=shape, dtype=np.int32))
-    generator = torch.Generator(device=device).manual_seed(seed)
-    return torch.randint(1, num_items + 1, shape, dtype=torch.int32, device=device, generator=generator)
+    return uniform_ids(num_positions, num_negatives, num_items, seed, device)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -47,13 +51,15 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def sampled_softmax_fwd(
-    queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor, scale: float,
+    log_q: Tensor | None = None, label_log_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [L], ids [L, R + 1] int32 and d loss / d logit [L, R + 1]."""
     ids = torch.cat([labels[:, None].to(torch.int32), negatives.to(torch.int32)], dim=1)  # [L, R + 1]
     # Minus infinity where a negative is the label; the products are added to it.
-    logits = torch.where(ids == ids[:, :1], queries.new_tensor(-torch.inf), queries.new_zeros(()))
-    logits[:, 0] = 0.0
+    bias = queries.new_zeros(()) if log_q is None else -log_q.to(queries.dtype)[ids]
+    logits = torch.where(ids == ids[:, :1], queries.new_tensor(-torch.inf), bias)
+    logits[:, 0] = 0.0 if label_log_q is None else -label_log_q.to(queries.dtype)
     if queries.device.type == "cpu" and ids.shape[1] < table.shape[0]:
         _add_products_cpu(logits, queries, table, ids, scale)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import _common
 from kernels._backend import choose
-from kernels.sampled_softmax import cpu
+from kernels.sampled_softmax import cpu, triton_op  # noqa: F401  triton_op registers its op
 
 
 def sampled_softmax(
@@ -25,6 +25,10 @@ def sampled_softmax(
     temperature: float = 0.05,
     l2_normalize: bool = True,
     eps: float = 1e-6,
+    log_q: Tensor | None = None,
+    label_log_q: Tensor | None = None,
+    deterministic: bool | None = None,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Softmax cross-entropy of each position over its label and its own negatives.
 
@@ -33,19 +37,30 @@ def sampled_softmax(
         table: [num_items + 1, D] floating. Item embeddings; row 0 is padding and takes no part.
         labels: [L] int32 or int64, 1..num_items. The item that came next.
         negatives: [L, R] int32 or int64, 1..num_items; one that equals the label does not count. None: R =
-            ``num_negatives`` of them are drawn uniformly with replacement, a function of (seed, L, R, num_items,
-            device type).
+            ``num_negatives`` of them are drawn uniformly with replacement, a function of (seed, position, R,
+            num_items, device type).
         num_negatives: >= 1. R when ``negatives`` is None.
-        seed: >= 0.
+        seed: 0..2^63 - 1.
         temperature: > 0. Divides the logits.
         l2_normalize: normalise queries and item embeddings first.
         eps: > 0. Lower bound of the norm.
+        log_q: [num_items + 1] floating or None. By item, subtracted from the logits of the negatives (a sampling
+            correction); no gradient.
+        label_log_q: [L] floating or None. Subtracted from the label's logit; no gradient.
+        deterministic: whether two runs give the same bits (on Triton: integer sums, slower). None: what
+            ``torch.use_deterministic_algorithms`` was told. The torch path always does.
+        sparse_grad: the table's gradient as a coalesced sparse tensor of the rows that occur. Triton path only, not
+            under torch.compile; the backward waits for the device once.
 
     Returns:
         loss [L], float32 (float64 if an input is float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; on the CPU also ids out of range.
+        ValueError: shapes, dtypes or devices do not fit; a sparse gradient where there is none; on the CPU also ids
+            out of range.
+
+    Under autocast the Triton path rounds queries and embeddings to autocast's dtype; sums, statistics and the loss are
+    float32. The torch path keeps their own dtype.
 
     Source: Zhai et al. 2024 (arXiv 2402.17152), section 4.1; negatives as in its reference code.
     """
@@ -57,13 +72,38 @@ def sampled_softmax(
         _common.check_positive(num_negatives=num_negatives)
         if seed < 0:
             raise ValueError(f"seed={seed}: expected >= 0")
-        negatives = torch.ops.hstu.draw_negatives(labels, num_negatives, num_items, seed)
     else:
-        columns = negatives.shape[1] if negatives.ndim == 2 else num_negatives
-        _common.check_positive(num_negatives=columns)
-        _common.check_ids("negatives", negatives, (length, columns), queries)
+        num_negatives = negatives.shape[1] if negatives.ndim == 2 else num_negatives
+        _common.check_positive(num_negatives=num_negatives)
+        _common.check_ids("negatives", negatives, (length, num_negatives), queries)
+    _check_offsets(queries, log_q=(log_q, num_items + 1), label_log_q=(label_log_q, length))
+    scale = 1.0 / temperature
+    dtype = _common.operand_dtype(queries, table)
+    choice = choose("sampled_softmax", queries.device, dtype)  # an explicit backend that cannot be met raises
+    if sparse_grad and (choice.backend != "triton" or torch.compiler.is_compiling()):
+        raise ValueError(f"sparse_grad=True: expected the Triton path outside torch.compile, got {choice}")
+    if choice.backend == "triton":
+        return torch.ops.hstu.sampled_softmax_triton(
+            queries, table, labels, negatives, _detached(log_q), _detached(label_log_q), num_negatives, seed, scale,
+            l2_normalize, eps, dtype, _common.deterministic_or(deterministic), sparse_grad,
+        )[0]  # fmt: skip
+    if negatives is None:
+        negatives = torch.ops.hstu.draw_negatives(labels, num_negatives, num_items, seed)
     q, e = _common.prepare(queries, table, l2_normalize, eps)
-    return torch.ops.hstu.sampled_softmax(q, e, labels, negatives, 1.0 / temperature)[0]
+    offsets = _detached(log_q), _detached(label_log_q)
+    return torch.ops.hstu.sampled_softmax(q, e, labels, negatives, scale, *offsets)[0]
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _check_offsets(queries: Tensor, **offsets: tuple[Tensor | None, int]) -> None:
+    for name, (value, size) in offsets.items():
+        if value is not None and tuple(value.shape) != (size,):
+            raise ValueError(f"{name} has shape {list(value.shape)}: expected [{size}]")
+        if value is not None and value.device != queries.device:
+            raise ValueError(f"{name} is on {value.device}, queries on {queries.device}: expected one device")
 
 
 @torch.library.custom_op("hstu::draw_negatives", mutates_args=())
@@ -78,17 +118,17 @@ def _(labels, num_negatives, num_items, seed):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("hstu::sampled_softmax", mutates_args=())
 def _sampled_softmax(
-    queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    choose("sampled_softmax", queries.device)  # an explicit backend that cannot be met raises
+    queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor, scale: float, log_q: Tensor | None = None,
+    label_log_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _common.check_range_on_cpu("labels", labels, table.shape[0] - 1)
     _common.check_range_on_cpu("negatives", negatives, table.shape[0] - 1)
     with _common.no_autocast(queries.device):
-        return cpu.sampled_softmax_fwd(queries, table, labels, negatives, scale)
+        return cpu.sampled_softmax_fwd(queries, table, labels, negatives, scale, log_q, label_log_q)
 
 
 @_sampled_softmax.register_fake
-def _(queries, table, labels, negatives, scale):  # type: ignore[no-untyped-def]
+def _(queries, table, labels, negatives, scale, log_q=None, label_log_q=None):  # type: ignore[no-untyped-def]
     shape = (negatives.shape[0], negatives.shape[1] + 1)
     return (
         queries.new_empty(queries.shape[0]),
@@ -112,15 +152,15 @@ def _(grad, queries, table, ids, weights, scale):  # type: ignore[no-untyped-def
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody sees
-    queries, table, _, _, ctx.scale = inputs
+    queries, table, _, _, ctx.scale, _, _ = inputs
     ctx.save_for_backward(queries, table, output[1], output[2])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     if grad is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None, None
     d_queries, d_table = torch.ops.hstu.sampled_softmax_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return d_queries, d_table, None, None, None
+    return d_queries, d_table, None, None, None, None, None
 
 
 _sampled_softmax.register_autograd(_backward, setup_context=_setup_context)
@@ -165,9 +205,7 @@ def bank_softmax(
     if bank_ids.ndim != 1 or bank_ids.shape[0] == 0:
         raise ValueError(f"bank_ids has shape {list(bank_ids.shape)}: expected [K] with K >= 1")
     _common.check_ids("bank_ids", bank_ids, (bank_ids.shape[0],), queries)
-    for name, value, size in (("log_q", log_q, bank_ids.shape[0]), ("label_log_q", label_log_q, queries.shape[0])):
-        if value is not None and tuple(value.shape) != (size,):
-            raise ValueError(f"{name} has shape {list(value.shape)}: expected [{size}]")
+    _check_offsets(queries, log_q=(log_q, bank_ids.shape[0]), label_log_q=(label_log_q, queries.shape[0]))
     _common.check_positive(temperature=temperature, eps=eps, chunk_mib=chunk_mib)
     if not torch.compiler.is_compiling():  # ids are read here, before the rows are looked up
         _common.check_range_on_cpu("labels", labels, table.shape[0] - 1)

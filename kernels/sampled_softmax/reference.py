@@ -20,6 +20,8 @@ def sampled_softmax_reference(
     temperature: float = 0.05,
     l2_normalize: bool = True,
     eps: float = 1e-6,
+    log_q: Tensor | None = None,
+    label_log_q: Tensor | None = None,
 ) -> Tensor:
     """Loss of each position against its own negatives; a negative equal to the label does not count.
 
@@ -27,6 +29,8 @@ def sampled_softmax_reference(
     table: [num_items + 1, D] float. Item embeddings.
     labels: [L] int. The item that came next, 1..num_items.
     negatives: [L, R] int. 1..num_items.
+    log_q: [num_items + 1] float. Subtracted from the logits of the negatives, by item.
+    label_log_q: [L] float. Subtracted from the logit of the label.
     Returns [L]: ``logsumexp(s_label, s_negatives) - s_label`` with ``s = q . e / temperature``.
     Source: Zhai et al. 2024 (arXiv 2402.17152), section 4.1.
     """
@@ -36,6 +40,10 @@ def sampled_softmax_reference(
         others = negatives[row][negatives[row] != labels[row]]
         ids = torch.cat([labels[row : row + 1], others]).long()  # label first
         logits = e[ids] @ q[row] / temperature
+        if log_q is not None:
+            logits = torch.cat([logits[:1], logits[1:] - log_q[others.long()].to(q)])
+        if label_log_q is not None:
+            logits = torch.cat([logits[:1] - label_log_q[row].to(q), logits[1:]])
         losses.append(torch.logsumexp(logits, 0) - logits[0])
     return torch.stack(losses) if losses else q.new_zeros(0)
 
