@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 PYTHON ?=
 EXPERIMENT ?=
 ARGS ?=
+OUT ?=
+DATA ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
@@ -21,7 +23,7 @@ INSTALLED := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.i
 BUILD ?= $(or $(INSTALLED),$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu))
 STAMP := $(VENV)/.installed-$(BUILD)
 
-.PHONY: help install train prepare evaluate recommend test lint format typecheck docs doctor clean clean-venv
+.PHONY: help install train prepare evaluate recommend bench gpu-report test lint format typecheck docs doctor clean clean-venv
 
 help: ## list the targets
 	@echo "Targets (EXPERIMENT=ml-1m/hstu and ARGS=\"optim.lr=3e-4\" go to the command; BUILD=cpu|cuda picks the pins):"
@@ -43,6 +45,13 @@ evaluate: $(STAMP) ## hstu-evaluate; ARGS="run=runs/..."
 
 recommend: $(STAMP) ## hstu-recommend; ARGS="run=runs/... user=42 k=10"
 	@$(BIN)/hstu-recommend $(ARGS)
+
+bench: $(STAMP) ## hstu-bench; ARGS="op=attention sizes=quick", ARGS="compare A B" or ARGS=aot
+	@$(BIN)/hstu-bench $(ARGS)
+
+gpu-report: $(STAMP) ## everything that needs a GPU, in 8 minutes; OUT=folder DATA=folder-with-stores ARGS="minutes=8"
+	@$(if $(OUT),,echo "error: give a folder: make gpu-report OUT=report [DATA=data]" >&2; exit 1;) \
+	$(BIN)/python -m benchmarks.gpu_report out=$(OUT) $(if $(DATA),data=$(DATA)) $(ARGS)
 
 # Two test processes, one torch thread each: the suite is many small tests, not big products.
 test: $(STAMP) ## the whole test suite; TEST_ARGS go to pytest

@@ -25,6 +25,8 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({need for name in ("prepare", "tensorboard", "plot") for need in EXTRAS[name]})
 
+PACKAGES = [p for name in ("hstu", "kernels", "benchmarks") for p in (name, f"{name}.*")]
+
 setup(
     name="hstu",
     version="0.1.0",
@@ -33,7 +35,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=f">={'.'.join(map(str, matrix['MIN_PYTHON']))}",
-    packages=[*find_packages(include=["hstu", "hstu.*", "kernels", "kernels.*"]), "hstu.conf"],
+    packages=[*find_packages(include=PACKAGES), "hstu.conf"],
     package_dir={"hstu.conf": "conf"},
     package_data={"hstu.conf": ["*.yaml", "**/*.yaml"], "hstu": ["py.typed"], "kernels": ["py.typed"]},
     install_requires=[
@@ -51,6 +53,7 @@ setup(
             "hstu-evaluate = hstu.evaluate:main",
             "hstu-recommend = hstu.recommend:main",
             "hstu-doctor = hstu.doctor:main",
+            "hstu-bench = benchmarks.bench:main",
         ]
     },
 )
