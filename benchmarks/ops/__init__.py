@@ -1,12 +1,14 @@
 """What one op's benchmark is: ``benchmarks/ops/<op>.py``, one module per op of ``kernels._backend.OPS``.
 
-A module defines four names:
+A module defines these names:
 
     SIZES: dict[str, list[Sizes]]
         By preset (``toy``, ``quick``, ``full``) the points that are timed, each a flat mapping of numbers, strings
         and booleans such as {"name": "ml-1m", "B": 128, "S": 211, "D": 50}. ``toy`` takes a CPU well under a second
         in all; ``quick`` at most a minute on a GPU, the points that decide; ``full`` everything. ``name`` is optional
         and names the point; so is ``lengths``: full or skewed (:func:`make_lengths`).
+    VERSUS: list[str]   (optional)
+        Names of the ``quick`` points at which the GPU report times the competitors too; without it at all of them.
     DEFAULTS: Sizes
         Value of every size a point leaves out (``hstu-bench op=... 'sizes={B:8}'`` too); a size that is not in here
         is refused.

@@ -28,11 +28,11 @@ BACKWARD_FLOPS = 2.5
 GAP_S = 86_400
 """Gaps between a user's events are drawn below this, s."""
 
-_CUTLASS = [
+_CUTLASS: list[dict[str, Any]] = [
     {"B": 32, "H": h, "A": a, "S": s} for h, a in ((4, 64), (4, 128), (8, 128)) for s in (1024, 2048, 4096, 8192)
 ]
-_SHORT = [{"B": 512, "H": 4, "A": 128, "S": s} for s in (128, 256, 512)]
-_PUBLIC = [
+_SHORT: list[dict[str, Any]] = [{"B": 512, "H": 4, "A": 128, "S": s} for s in (128, 256, 512)]
+_PUBLIC: list[dict[str, Any]] = [
     {"name": "ml-1m", "B": 128, "H": 1, "A": 50, "S": 211},
     {"name": "ml-1m-large", "B": 128, "H": 2, "A": 25, "S": 211},
     {"name": "ml-20m", "B": 128, "H": 4, "A": 64, "S": 211},
@@ -64,6 +64,12 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         for rab in (False, True)
     ],
 }
+VERSUS = [
+    f"{name}-full-{rab}"
+    for name in ("B32-4x128-S1024", "B32-4x128-S4096", "B512-4x128-S256", "ml-1m", "ml-20m", "books")
+    for rab in ("norab", "rab")
+]
+"""Points of ``quick`` at which the GPU report times the competitors: compiling flex_attention takes its time."""
 DEFAULTS: dict[str, Any] = {"B": 32, "H": 4, "A": 128, "V": None, "S": 1024, "lengths": "full", "rab": True}
 """V null: as A. rab: position and time bias, both with gradients."""
 
