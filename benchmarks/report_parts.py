@@ -283,6 +283,9 @@ def training_part(context: Context) -> Outcome:
     config = context.config
     if config.data is None and not config.toy:
         return Outcome(SKIPPED, "data is not set: give the folder with stores/ that holds the prepared ml-1m")
+    if not config.toy and not list(Path(str(config.data)).glob("stores/ml-1m-*/meta.json")):
+        raise RuntimeError(f"data={Path(str(config.data)).name}: no stores/ml-1m-*/meta.json in it: run hstu-prepare "
+                           "data=ml-1m data.root=FOLDER first and give that folder")  # fmt: skip
     # A run that was told to stop goes on in its folder.
     parts = context.out / "parts"
     resumed = "run" in context.previous and (parts / context.previous["run"] / "checkpoints").exists()

@@ -18,9 +18,8 @@ from benchmarks.config import DTYPES, BenchConfig
 from benchmarks.measure import Ceilings
 from benchmarks.ops import Absent, Problem, Run, Sizes, Work, module
 from hstu.errors import UserError
+from hstu.report import OURS
 
-OURS = "hstu"
-"""Name of this project's implementation in the rows."""
 Row = dict[str, Any]
 OUT_OF_TIME = "not measured: out of time"
 

@@ -38,8 +38,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 KINDS = ("training", "ranking", "kernel", "scoring", "preparation")
 GROUP_SEPARATOR = " | "
 """In a record's metric names: ``hr@10`` is over all users, ``hr@10 | GROUP`` over that group of users."""
+OURS = "hstu"
+"""Name of this project's implementation in the rows of kernel records."""
 README_METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200")
-BLOCKS = ("accuracy", "timing", "provenance")
+BLOCKS = ("accuracy", "timing", "kernels", "provenance")
 """README blocks, each between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``."""
 
 
@@ -282,12 +284,14 @@ def without_paths(value: Any) -> Any:
 
 def readme_block(block: str, records: Sequence[tuple[str, Record]]) -> str:
     """Markdown of one README block."""
+    if block == "kernels":
+        return _kernels([r for _, r in records if r.kind == "kernel"])
     if not records:
         return "No records yet."
     if block == "accuracy":
         return _accuracy([r for _, r in records if any(m in r.metrics for m in README_METRICS)])
     if block == "timing":
-        return _timing([r for _, r in records])
+        return _timing([r for _, r in records if r.kind != "kernel"])
     return _provenance(records)
 
 
@@ -335,6 +339,42 @@ def _timing(records: Sequence[Record]) -> str:
             tables.setdefault(tuple(values), []).append(cells)
     parts = [markdown_table(["Record", "Kind", *columns], rows) for columns, rows in tables.items()]
     return "\n\n".join(parts) if parts else "No records yet."
+
+
+def _kernels(records: Sequence[Record]) -> str:
+    """Ops on a GPU, ours beside what a user would pick instead; records of a CPU or of toy sizes are left out.
+
+    Of an op that has points with a competitor only those are shown, so that the table stays short.
+    """
+    shown: dict[tuple[str, ...], tuple[Record, Mapping[str, Any], dict[str, float]]] = {}
+    for record in records:
+        if not record.machine.get("gpu") or record.config.get("device") != "cuda" or record.config.get("toy"):
+            continue
+        rows = [row for row in record.timing.get("rows", []) if "ms" in row and row["pass"] != "backward"]
+        for row in rows:
+            key = record.model, str(row["point"]), str(row["pass"]), str(row["dtype"])
+            if row["implementation"] == OURS:  # others of the same run only
+                others = {
+                    r["implementation"]: r["ms"]
+                    for r in rows
+                    if r["implementation"] != OURS and (r["point"], r["pass"], r["dtype"]) == key[1:]
+                }
+                if others or key not in shown or not shown[key][2]:
+                    shown[key] = record, row, others
+    compared = {key[0] for key, (_, _, others) in shown.items() if others}
+    lines = []
+    for key, (record, row, others) in shown.items():
+        if key[0] in compared and not others:
+            continue
+        beside = ", ".join(f"{name} {ms / row['ms']:.1f}x" for name, ms in others.items())
+        share = f"{100 * row['share_of_ceiling']:.0f} % ({row['ceiling']})"
+        figures = [_number(float(row[k])) for k in ("ms", "tflop_s", "gb_s")]
+        peak = "" if row.get("peak_mib") is None else _number(float(row["peak_mib"]))
+        lines.append([*key, *figures, share, peak, beside, str(record.machine["gpu"])])
+    if not lines:
+        return "On a GPU: not measured."
+    measured = ("ms", "TFLOP/s", "GB/s", "Of the ceiling", "Peak MiB", "Time of others")
+    return markdown_table(["Op", "Point", "Pass", "Dtype", *measured, "GPU"], lines)
 
 
 def _provenance(records: Sequence[tuple[str, Record]]) -> str:
