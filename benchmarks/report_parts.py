@@ -27,6 +27,7 @@ from benchmarks.ops import BENCHES, module
 from benchmarks.plots import plot_record
 from benchmarks.run import OUT_OF_TIME, Row, measure_op
 from hstu import report
+from hstu.errors import UserError
 from kernels._backend import OPS
 
 DONE, PARTIAL, FAILED, SKIPPED = "done", "partial", "failed", "skipped"
@@ -283,9 +284,13 @@ def training_part(context: Context) -> Outcome:
     config = context.config
     if config.data is None and not config.toy:
         return Outcome(SKIPPED, "data is not set: give the folder with stores/ that holds the prepared ml-1m")
-    if not config.toy and not list(Path(str(config.data)).glob("stores/ml-1m-*/meta.json")):
-        raise RuntimeError(f"data={Path(str(config.data)).name}: no stores/ml-1m-*/meta.json in it: run hstu-prepare "
-                           "data=ml-1m data.root=FOLDER first and give that folder")  # fmt: skip
+    data = None if config.data is None else Path(config.data)
+    if data is not None and not data.is_dir():
+        raise UserError(f"data={data.name}: no such folder")
+    if data is not None and not config.toy and not list(data.glob("stores/ml-1m-*/meta.json")):
+        raise UserError(
+            f"data={data.name}: no stores/ml-1m-*/meta.json in it: give the data.root of hstu-prepare data=ml-1m"
+        )
     # A run that was told to stop goes on in its folder.
     parts = context.out / "parts"
     resumed = "run" in context.previous and (parts / context.previous["run"] / "checkpoints").exists()

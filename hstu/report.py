@@ -346,7 +346,7 @@ def _kernels(records: Sequence[Record]) -> str:
 
     Of an op that has points with a competitor only those are shown, so that the table stays short.
     """
-    shown: dict[tuple[str, ...], tuple[Record, Mapping[str, Any], dict[str, float]]] = {}
+    shown: dict[tuple[str, str, str, str], tuple[Record, Mapping[str, Any], dict[str, float]]] = {}
     for record in records:
         if not record.machine.get("gpu") or record.config.get("device") != "cuda" or record.config.get("toy"):
             continue
@@ -363,14 +363,14 @@ def _kernels(records: Sequence[Record]) -> str:
                     shown[key] = record, row, others
     compared = {key[0] for key, (_, _, others) in shown.items() if others}
     lines = []
-    for key, (record, row, others) in shown.items():
-        if key[0] in compared and not others:
+    for place, (record, row, others) in shown.items():
+        if place[0] in compared and not others:
             continue
         beside = ", ".join(f"{name} {ms / row['ms']:.1f}x" for name, ms in others.items())
         share = f"{100 * row['share_of_ceiling']:.0f} % ({row['ceiling']})"
         figures = [_number(float(row[k])) for k in ("ms", "tflop_s", "gb_s")]
         peak = "" if row.get("peak_mib") is None else _number(float(row["peak_mib"]))
-        lines.append([*key, *figures, share, peak, beside, str(record.machine["gpu"])])
+        lines.append([*place, *figures, share, peak, beside, str(record.machine["gpu"])])
     if not lines:
         return "On a GPU: not measured."
     measured = ("ms", "TFLOP/s", "GB/s", "Of the ceiling", "Peak MiB", "Time of others")
