@@ -153,7 +153,8 @@ def attention_fwd_cpu(q: Tensor, k: Tensor, v: Tensor, schedule: Tensor, rows: T
 def attention_bwd_cpu(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: Tensor, rows: Tensor, slots: Tensor,
                       buckets: Tensor | None, hidden: Tensor | None, pair_positions: Tensor | None,
                       row_divisor: Tensor | None, position_weight: Tensor | None, time_weight: Tensor | None,
-                      divisor: float, scale: float, all_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+                      divisor: float, scale: float, all_keys: bool
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of both tables (empty where a table is None). Scores are recomputed."""
     num_heads = q.shape[1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32

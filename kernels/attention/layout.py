@@ -51,7 +51,9 @@ def lay_out(
                 parts["hidden"].append(visible(i, j, length, past, mask).logical_not_().view(-1))
             if num_targets is not None:
                 apart = torch.minimum(j, past) - torch.minimum(i, past)
-                parts["pair_positions"].append(apart.to(torch.int32).expand(group.num_users, stop - start, keys).reshape(-1))
+                parts["pair_positions"].append(
+                    apart.to(torch.int32).expand(group.num_users, stop - start, keys).reshape(-1)
+                )
     if not parts["buckets"] and time_buckets is not None:  # no event at all
         parts["buckets"].append(time_buckets.of(torch.zeros(0, dtype=torch.int64)))
     if not parts["hidden"] and general:

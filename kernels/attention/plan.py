@@ -16,6 +16,7 @@ from kernels.attention.layout import lay_out
 from kernels.attention.reference import CAUSAL, Mask
 from kernels.attention.times import MAX_GAP_S, PowerLaw, TimeBuckets
 
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """Layout of a jagged batch, computed once and shared by all layers.
@@ -130,7 +131,8 @@ def make_plan(
 
 
 def _check_plan_arguments(offsets: Tensor, query_time: Tensor | None, key_time: Tensor | None, time_buckets: Any,
-                          num_targets: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None) -> None:  # fmt: skip
+                          num_targets: Tensor | None, key_starts: Tensor | None,
+                          key_lengths: Tensor | None) -> None:  # fmt: skip
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets: expected [B+1] int32 or int64, got {list(offsets.shape)} {offsets.dtype}")
     given = [query_time is not None, key_time is not None, time_buckets is not None]
@@ -144,7 +146,9 @@ def _check_plan_arguments(offsets: Tensor, query_time: Tensor | None, key_time: 
             raise ValueError(f"{name}: expected {list(expected)} int32 or int64, got {list(x.shape)} {x.dtype}")
 
 
-def _check_lengths_on_cpu(lengths: Tensor, key_lengths: Tensor | None, num_targets: Tensor | None, max_len: int) -> None:
+def _check_lengths_on_cpu(
+    lengths: Tensor, key_lengths: Tensor | None, num_targets: Tensor | None, max_len: int
+) -> None:
     """On the CPU, where reading is free."""
     keys = lengths if key_lengths is None else key_lengths
     if bool((keys < lengths).any()):
@@ -206,13 +210,17 @@ def _ages(plan: AttentionPlan, query_time: Tensor, key_time: Tensor) -> tuple[Te
     num_users = plan.offsets.shape[0] - 1
     users = torch.arange(num_users, device=plan.offsets.device)
     query_user = torch.repeat_interleave(users, plan.offsets.diff(), output_size=query_time.shape[0])
-    if plan.key_starts is None or plan.key_lengths is None:
-        key_user = query_user
-    else:  # rows of no user (spare room of a cache) take any user's base: nobody reads them
+    never = torch.iinfo(torch.int64).min // 2
+    latest = query_time.new_full((num_users,), never).scatter_reduce_(0, query_user, query_time, "amax")
+    key_user = query_user
+    if plan.key_starts is not None and plan.key_lengths is not None:
         order = torch.argsort(plan.key_starts)
-        slot = torch.searchsorted(plan.key_starts[order], torch.arange(key_time.shape[0], device=users.device), right=True)
+        row = torch.arange(key_time.shape[0], device=users.device)
+        slot = torch.searchsorted(plan.key_starts[order], row, right=True)
         key_user = order[(slot - 1).clamp(min=0)]
-    latest = query_time.new_full((num_users,), torch.iinfo(torch.int64).min)
-    latest.scatter_reduce_(0, query_user, query_time, "amax").scatter_reduce_(0, key_user, key_time, "amax")
-    ages = [(latest[u] - t).clamp_(max=MAX_GAP_S).to(torch.int32) for u, t in ((query_user, query_time), (key_user, key_time))]
-    return ages[0], ages[1]
+        within = row - plan.key_starts[key_user]
+        owned = (within >= 0) & (within < plan.key_lengths[key_user])
+        key_time = torch.where(owned, key_time, never)  # the spare room of a cache may hold anything
+    latest.scatter_reduce_(0, key_user, key_time, "amax")
+    query_age, key_age = latest[query_user] - query_time, latest[key_user] - key_time
+    return query_age.clamp_(max=MAX_GAP_S).to(torch.int32), key_age.clamp_(max=MAX_GAP_S).to(torch.int32)

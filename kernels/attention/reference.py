@@ -40,7 +40,9 @@ class Mask:
         if self.full_rows and not self.window:
             raise ValueError(f"mask full_rows={self.full_rows} without a window: every row is full already")
         if self.contextual and not self.causal and not self.window:
-            raise ValueError(f"mask contextual={self.contextual} without causality or window: every row sees all already")
+            raise ValueError(
+                f"mask contextual={self.contextual} without causality or window: every row sees all already"
+            )
 
     @property
     def reaches_forward(self) -> bool:

@@ -11,43 +11,8 @@ import torch
 from kernels.attention import TimeBuckets, attention, make_plan
 from kernels.attention.layout import ROW_BLOCK, groups
 from kernels.attention.times import MAX_GAP_S
-from kernels.attention.reference import attention_reference
-from tests.oracle import compare
-
-BUCKETS = TimeBuckets()
-
-
-def make(lengths, heads=1, qk=8, v=8, dtype=torch.float32, position=1, time=1, offsets_dtype=torch.int64, seed=0):
-    """Inputs by name and the plan of a random batch; position, time: tables (0: none)."""
-    g = torch.Generator().manual_seed(seed)
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(offsets_dtype)
-    total, longest = int(offsets[-1]), max(lengths)
-    times = [torch.randint(0, 10**8, (n,), generator=g).sort().values for n in lengths]
-    key_time = torch.cat(times) if total else torch.zeros(0, dtype=torch.int64)
-    query_time = key_time + torch.randint(0, 10**5, (total,), generator=g)
-    inputs = {
-        "q": torch.randn(total, heads, qk, generator=g).to(dtype),
-        "k": torch.randn(total, heads, qk, generator=g).to(dtype),
-        "v": torch.randn(total, heads, v, generator=g).to(dtype),
-    }
-    if position:
-        inputs["position_weight"] = torch.randn(position, 2 * longest + 5, generator=g).to(dtype)
-    if time:
-        inputs["time_weight"] = torch.randn(time, BUCKETS.count, generator=g).to(dtype)
-    plan = make_plan(offsets, longest, query_time, key_time, BUCKETS)
-    return inputs, plan
-
-
-def against(inputs, plan, scale=1.0, vacuous=()):
-    divisor = float(plan.max_len + 11)
-
-    def op(q, k, v, position_weight=None, time_weight=None):
-        return attention(q, k, v, plan, position_weight, time_weight, divisor=divisor, scale=scale)
-
-    def reference(q, k, v, position_weight=None, time_weight=None):
-        return attention_reference(q, k, v, plan, position_weight, time_weight, divisor, scale)
-
-    compare(op, reference, inputs, vacuous)
+from tests.kernels.attention_cases import BUCKETS, make
+from tests.kernels.attention_cases import compare_attention as against
 
 
 def silu(x):
