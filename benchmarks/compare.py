@@ -1,8 +1,8 @@
 """``hstu-bench compare A B``: what got faster and slower from one record to another.
 
 A row is slower when its median grew by more than the threshold and its 20th percentile now lies above the old 80th:
-a difference inside the noise of either measurement is none. Exit status 1 when anything got slower, or when a row
-that was measured before can no longer be measured.
+a difference inside the noise of either measurement is none. Exit status 1 when a row of this project got slower, or was
+measured before and no longer is; what became of the competitors is shown too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Comparison:
     """Measured in A, absent in B."""
     new: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    worse: bool = False
+    """A row of this project is slower or gone."""
 
 
 def _rows(record: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
@@ -49,11 +51,13 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], threshold: float) -> Com
         name = " ".join(str(part) for part in key[1:])
         if new is None:
             result.gone.append(name)
+            result.worse |= key[3] == report.OURS
             continue
         change = new["ms"] / old["ms"] - 1
         line = [*map(str, key[1:4]), number(old["ms"]), number(new["ms"]), f"{100 * change:+.1f} %"]
         if change > threshold and new["ms_p20"] > old["ms_p80"]:
             result.slower.append(line)
+            result.worse |= key[3] == report.OURS
         elif change < -threshold and new["ms_p80"] < old["ms_p20"]:
             result.faster.append(line)
         else:
@@ -97,4 +101,4 @@ def main(arguments: Sequence[str]) -> int:
         print(f"warning: {line}")
     if not (result.slower or result.faster or result.same):
         raise UserError("the two records have no row in common")
-    return 1 if result.slower or result.gone else 0
+    return 1 if result.worse else 0

@@ -27,8 +27,10 @@ from hstu import report
 from hstu.cli import command, run_hydra
 from hstu.errors import UserError
 
-GRACE_S = 45.0
-"""Beyond the deadline a part may take this long to come to an end of its own."""
+GRACE_S = 30.0
+"""No part begins another point in the last seconds of a call; what still runs at its end is stopped."""
+GRACE_SHARE = 0.1
+"""At most this share of a short call."""
 DEVICE_BROKEN = 75
 """Exit status of the process that measures when the device no longer answers: a fresh one goes on."""
 RUNNING = "running"
@@ -108,7 +110,8 @@ def run_report(config: GpuReportConfig) -> int:
     if config.data is not None:
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
     config = dataclasses.replace(config, out=str(out))
-    deadline = time.monotonic() + 60 * config.minutes
+    seconds = 60 * config.minutes
+    deadline = time.monotonic() + seconds - min(GRACE_S, GRACE_SHARE * seconds)
     chosen = config.parts or list(PARTS)
     todo = [n for n in chosen if config.refresh or read_part(out, n)["status"] != "done"]
     if "memory" in chosen and todo and "memory" not in todo:

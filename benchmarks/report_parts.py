@@ -32,7 +32,7 @@ from kernels._backend import OPS
 
 DONE, PARTIAL, FAILED, SKIPPED = "done", "partial", "failed", "skipped"
 """partial: out of time, the next call goes on; skipped: not possible here, with the reason."""
-TEST_FOLDERS = ("tests/kernels", "tests/model")
+TEST_FOLDERS = ("tests/kernels", "tests/model", "tests/benchmarks")
 """Where the tests marked gpu are."""
 MAX_TEST_PROCESSES = 8
 STOP_S = 30.0
@@ -167,6 +167,7 @@ def tests_part(context: Context) -> Outcome:
     if context.config.toy:
         folders = [str(report.ROOT / "tests" / "kernels" / "test_sampled_softmax.py")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
+    command += ["-o", "addopts="]  # the project's own options want plugins that need not be here
     if importlib.util.find_spec("xdist") is not None and not context.config.toy:
         command += ["-n", str(min(MAX_TEST_PROCESSES, os.cpu_count() or 1))]
     done = run_process([*command, *folders], context.left_s(), cwd=report.ROOT)

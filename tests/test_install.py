@@ -138,7 +138,7 @@ def test_the_training_path_asks_for_no_optional_package(setup_arguments: dict[st
 
 def test_console_scripts_name_functions_that_exist(setup_arguments: dict[str, Any]) -> None:
     scripts = setup_arguments["entry_points"]["console_scripts"]
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     for script in scripts:
         module, function = script.split("=")[1].strip().split(":")
         tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def test_console_scripts_name_functions_that_exist(setup_arguments: dict[str, An
 
 
 def test_every_folder_with_code_is_a_package(setup_arguments: dict[str, Any]) -> None:
-    folders = {p.parent for top in ("hstu", "kernels") for p in (ROOT / top).rglob("*.py")}
+    folders = {p.parent for top in ("hstu", "kernels", "benchmarks") for p in (ROOT / top).rglob("*.py")}
     names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert names | {"hstu.conf"} == set(setup_arguments["packages"])
 
@@ -156,7 +156,7 @@ def test_wheel_holds_the_config_and_works_from_another_folder(tmp_path: Path) ->
     source, out, site = tmp_path / "source", tmp_path / "out", tmp_path / "site"
     source.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("hstu", "kernels", "conf"):
+    for folder in ("hstu", "kernels", "benchmarks", "conf"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
@@ -168,7 +168,8 @@ def test_wheel_holds_the_config_and_works_from_another_folder(tmp_path: Path) ->
         archive.extractall(site)
     configs = {f"hstu/conf/{p.relative_to(ROOT / 'conf').as_posix()}" for p in (ROOT / "conf").rglob("*.yaml")}
     assert len(configs) > 20 and configs <= members
-    assert not any(name.startswith("tests/") for name in members)
+    assert not any(name.startswith(("tests/", "benchmarks/results/")) for name in members)
+    assert {"benchmarks/bench.py", "benchmarks/ops/attention.py"} <= members
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(site)}

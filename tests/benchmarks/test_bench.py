@@ -169,6 +169,18 @@ def test_the_exit_status_says_whether_something_got_slower(tmp_path, record, cap
     assert "1 faster" in capsys.readouterr().out
 
 
+def test_what_became_of_a_competitor_is_no_failure(tmp_path, record, capsys):
+    write(tmp_path, "before", record)
+    rows = record["timing"]["rows"]
+    ours = [r for r in rows if r["implementation"] == "hstu"]
+    others = [{**r, "ms": 9 * r["ms"], "ms_p20": 9 * r["ms"]} for r in rows if "ms" in r and r not in ours]
+    write(tmp_path, "slower", {**record, "timing": {"rows": ours + others}})
+    write(tmp_path, "without", {**record, "timing": {"rows": ours}})
+    assert others and compare.main(["before", "slower", f"out={tmp_path}"]) == 0
+    assert f"{len(others)} slower" in capsys.readouterr().out
+    assert compare.main(["before", "without", f"out={tmp_path}"]) == 0
+
+
 def test_a_row_that_is_gone_is_a_failure_and_another_machine_a_warning(tmp_path, record, capsys):
     write(tmp_path, "before", record)
     less = copy.deepcopy(record)
