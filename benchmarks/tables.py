@@ -35,17 +35,18 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The measured rows of one op."""
+    """The measured rows of one op, and below them what could not be measured and why."""
     head = ("point", "pass", "implementation", *SHOWN)
-    body = []
+    body, absent = [], []
     for row in rows:
-        start = [row["point"], row["pass"], row["implementation"]]
         if "absent" in row:
-            body.append([*start, row["absent"], *[""] * (len(SHOWN) - 1)])
+            absent.append(f"{row['implementation']} at {row['point']}, {row['pass']}: {row['absent']}")
             continue
         body.append([
-            *start, number(row["ms"]), f"{number(row['ms_p20'], 3)} .. {number(row['ms_p80'], 3)}",
-            number(row["wall_ms"]), number(row["tflop_s"]), number(row["gb_s"]),
-            f"{100 * row['share_of_ceiling']:.1f} % {row['ceiling']}", number(row.get("peak_mib"), 3),
+            row["point"], row["pass"], row["implementation"], number(row["ms"]),
+            f"{number(row['ms_p20'], 3)} .. {number(row['ms_p80'], 3)}", number(row["wall_ms"]),
+            number(row["tflop_s"]), number(row["gb_s"]), f"{100 * row['share_of_ceiling']:.1f} % {row['ceiling']}",
+            number(row.get("peak_mib"), 3),
         ])  # fmt: skip
-    return text_table(head, body)
+    text = text_table(head, body)
+    return text if not absent else "\n".join([text, "", "not measured:", *absent])
