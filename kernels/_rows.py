@@ -1,3 +1,4 @@
+# mypy: allow-incomplete-defs
 """Rows of a table in Triton: their norms, draws of them, sums into them. Shared by the losses over an item table.
 
 Normalised rows are ``x * inverse`` with ``inverse = 1 / max(|x|, eps)``. With ``y = x * inverse`` the gradient is
@@ -60,7 +61,7 @@ def add_to_rows(pointers, values, mask, per_quantum, FIXED: tl.constexpr):
         tl.atomic_add(pointers, values, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _inverse_norms_kernel(
     table, out, num_rows, stride, eps, D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -73,7 +74,7 @@ def _inverse_norms_kernel(
     tl.store(out + rows, tl.where(live > 0, inverse, -inverse), mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _finish_fixed_kernel(
     sums, table, ids, quantum, out, num_rows, stride, eps,
     D: tl.constexpr, NORMALIZE: tl.constexpr, PICKED: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,

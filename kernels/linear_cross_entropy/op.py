@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import _common
 from kernels._backend import choose
-from kernels.linear_cross_entropy import cpu
+from kernels.linear_cross_entropy import cpu, triton_op
 
 
 def linear_cross_entropy(
@@ -33,15 +33,19 @@ def linear_cross_entropy(
         labels: [L] int32 or int64, 1..num_items.
         temperature: > 0. Divides the logits.
         l2_normalize: normalise queries and item embeddings first; eps: > 0, lower bound of the norm.
-        chunk_mib: > 0. Bound of one [rows, V] block of logits, in MiB (at least one row).
-        weights: [L] floating or None; no gradient. With weights the result is one number, the weighted sum, and
-            the gradients are made in the forward's pass over the logits: one pass less.
+        chunk_mib: > 0. Bound of one [rows, V] block of logits, in MiB (at least one row). The Triton path has no such
+            block: its logits stay in registers.
+        weights: [L] floating or None; no gradient. With weights the result is one number, the weighted sum, and on
+            the torch path the gradients are made in the forward's pass over the logits: one pass less.
 
     Returns:
         loss [L], or the scalar ``sum(weights * loss)``; float32 (float64 if an input is float64).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; on the CPU also labels out of range.
+
+    Under autocast the Triton path rounds queries and embeddings to autocast's dtype; sums, statistics and the loss are
+    float32. The torch path keeps their own dtype. Both are deterministic.
     """
     _common.check_queries_and_table(queries, table)
     _common.check_ids("labels", labels, (queries.shape[0],), queries)
@@ -50,6 +54,13 @@ def linear_cross_entropy(
         raise ValueError(f"weights has shape {list(weights.shape)}: expected [{queries.shape[0]}]")
     if weights is not None and weights.device != queries.device:
         raise ValueError(f"weights is on {weights.device}, queries on {queries.device}: expected one device")
+    # An explicit backend that cannot be met raises.
+    choice = choose("linear_cross_entropy", queries.device, _common.operand_dtype(queries, table))
+    if choice.backend == "triton":
+        loss = triton_op.softmax_blocks(
+            queries, table, labels, None, None, None, temperature, l2_normalize, eps, deterministic=True
+        )
+        return loss if weights is None else (loss * weights.detach().to(loss.dtype)).sum()
     q, e = _common.prepare(queries, table, l2_normalize, eps)
     scale = 1.0 / temperature
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or e.requires_grad)
@@ -63,7 +74,6 @@ def linear_cross_entropy(
 
 @torch.library.custom_op("hstu::linear_cross_entropy", mutates_args=())
 def _op(queries: Tensor, table: Tensor, labels: Tensor, scale: float, chunk_mib: float) -> tuple[Tensor, Tensor]:
-    choose("linear_cross_entropy", queries.device)
     _common.check_range_on_cpu("labels", labels, table.shape[0] - 1)
     with _common.no_autocast(queries.device):
         return cpu.linear_cross_entropy_fwd(queries, table, labels, scale, chunk_mib)
@@ -107,7 +117,6 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("hstu::linear_cross_entropy_sum", mutates_args=())
 def _sum_op(queries: Tensor, table: Tensor, labels: Tensor, weights: Tensor, scale: float,
             chunk_mib: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    choose("linear_cross_entropy", queries.device)
     _common.check_range_on_cpu("labels", labels, table.shape[0] - 1)
     with _common.no_autocast(queries.device):
         return cpu.linear_cross_entropy_sum(queries, table, labels, weights, scale, chunk_mib)

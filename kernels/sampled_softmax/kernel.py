@@ -1,3 +1,4 @@
+# mypy: allow-incomplete-defs
 """Sampled softmax in Triton: draws, gathers, normalises, dots and sums in one pass, nothing of size [L, R] in memory.
 
 One program per position. A tile of rows [BLOCK_R, D] is gathered, norms and products come from it, and the log-sum-exp

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import _common
 from kernels._backend import choose
+from kernels.linear_cross_entropy.triton_op import softmax_blocks
 from kernels.sampled_softmax import cpu, triton_op  # noqa: F401  triton_op registers its op
 
 
@@ -177,6 +178,7 @@ def bank_softmax(
     l2_normalize: bool = True,
     eps: float = 1e-6,
     chunk_mib: float = 64,
+    deterministic: bool | None = None,
 ) -> Tensor:
     """Softmax cross-entropy of each position over its label and one bank of items shared by all positions.
 
@@ -190,7 +192,8 @@ def bank_softmax(
         label_log_q: [L] floating or None. Subtracted from the label's logit; no gradient.
         temperature: > 0. Divides the dot products, not the corrections.
         l2_normalize, eps: as in :func:`sampled_softmax`.
-        chunk_mib: > 0. Bound of one [rows, K] block of logits, in MiB.
+        chunk_mib: > 0. Bound of one [rows, K] block of logits, in MiB; the Triton path has none.
+        deterministic: as in :func:`sampled_softmax`.
 
     Returns:
         loss [L], float32 (float64 if an input is float64).
@@ -207,6 +210,11 @@ def bank_softmax(
     _common.check_ids("bank_ids", bank_ids, (bank_ids.shape[0],), queries)
     _check_offsets(queries, log_q=(log_q, bank_ids.shape[0]), label_log_q=(label_log_q, queries.shape[0]))
     _common.check_positive(temperature=temperature, eps=eps, chunk_mib=chunk_mib)
+    choice = choose("sampled_softmax", queries.device, _common.operand_dtype(queries, table))
+    if choice.backend == "triton":
+        return softmax_blocks(
+            queries, table, labels, bank_ids, log_q, label_log_q, temperature, l2_normalize, eps, deterministic
+        )
     if not torch.compiler.is_compiling():  # ids are read here, before the rows are looked up
         _common.check_range_on_cpu("labels", labels, table.shape[0] - 1)
         _common.check_range_on_cpu("bank_ids", bank_ids, table.shape[0] - 1)
@@ -225,7 +233,6 @@ def bank_softmax(
 @torch.library.custom_op("hstu::bank_softmax", mutates_args=())
 def _bank_softmax(queries: Tensor, bank: Tensor, bias: Tensor | None, bank_ids: Tensor, labels: Tensor,
                   positive: Tensor, scale: float, chunk_mib: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    choose("sampled_softmax", queries.device)
     with _common.no_autocast(queries.device):
         return cpu.bank_softmax_fwd(queries, bank, bias, bank_ids, labels, positive, scale, chunk_mib)
 

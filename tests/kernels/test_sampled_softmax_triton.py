@@ -5,10 +5,10 @@ import torch
 
 from kernels._backend import set_backend
 from kernels._philox import uniform_ids
-from kernels.sampled_softmax import sampled_softmax
+from kernels.sampled_softmax import bank_softmax, sampled_softmax
 from kernels.sampled_softmax.cpu import draw_negatives
-from kernels.sampled_softmax.reference import sampled_softmax_reference
-from tests.kernels.test_sampled_softmax import make
+from kernels.sampled_softmax.reference import bank_softmax_reference, sampled_softmax_reference
+from tests.kernels.test_sampled_softmax import make, make_bank
 from tests.oracle import compare
 
 pytest.importorskip("triton")
@@ -75,3 +75,21 @@ def test_the_kernel_draws_what_torch_draws(num_negatives, seed):
     given = sampled_softmax(x["queries"], x["table"], x["labels"], negatives)
     drawn = sampled_softmax(x["queries"], x["table"], x["labels"], num_negatives=num_negatives, seed=seed)
     assert torch.equal(given, drawn)
+
+
+# A shared bank
+
+BANK_CASES = [
+    pytest.param(19, 17, 10, 23, id="collisions-D10"),
+    pytest.param(2, 50, 25, 131, id="items-in-many-parts-D25"),
+    pytest.param(41, 60, 50, 1, id="bank-of-one-D50"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("corrected", [True, False], ids=["logq", "plain"])
+@pytest.mark.parametrize("length, num_items, dim, size", BANK_CASES)
+def test_bank_matches_reference(length, num_items, dim, size, corrected, dtype):
+    x, log_q, label_log_q = make_bank(length, num_items, dim, size, dtype)
+    kwargs = {"log_q": log_q, "label_log_q": label_log_q} if corrected else {}
+    compare(lambda **i: bank_softmax(**i, **kwargs), lambda **i: bank_softmax_reference(**i, **kwargs), x)
