@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.tile import (
+    FEW_BUCKETS,
     add_diagonals,
     add_time_grad,
     age_range,
@@ -37,7 +38,9 @@ def _scores(product, i, j, q_age, k_age, q_least, q_most, k_least, k_most, Posit
         score += tl.load(Position + (center + j_at - i_at)).to(tl.float32)
     if TIME == 1:
         first, last = bucket_range(q_least, q_most, k_least, k_most, buckets_per_octave, last_bucket)
-        score += time_bias(Time, Thresholds, q_age, k_age, first, last, SHAPE_0, SHAPE_1)
+        score += time_bias(
+            Time, Thresholds, q_age, k_age, first, last, buckets_per_octave, last_bucket, FEW_BUCKETS, SHAPE_0, SHAPE_1
+        )
     elif TIME == 2:
         gap = tl.abs(k_age - q_age).to(tl.float32)
         score += tl.load(Time + 1).to(tl.float32) - tl.load(Time).to(tl.float32) * tl.log(1.0 + gap)
@@ -184,10 +187,10 @@ def _rows_task(
         for start in range(0, whole, BLOCK_N):
             total, d_time = _row_step(
                 total, d_time, q, g, inverse, head_k, head_v, KeyAge, i, i_first, start, first_key, n, history, q_age,
-                q_least, q_most, position, time, d_position, Thresholds, k_row, v_row, scale, inverse_divisor, center,
-                position_size, buckets_per_octave, last_bucket, False, BACKWARD, ORDERED, BLOCK_T, A, V_WIDTH, BLOCK_A,
-                BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW, FULL_ROWS, POSITION, TIME, ROW_DIVISOR,
-                FAST, PRECISION, ALIGN,
+                q_least, q_most, position, time, d_position, d_time_table, Thresholds, k_row, v_row, scale,
+                inverse_divisor, center, position_size, buckets_per_octave, last_bucket, False, BACKWARD, ORDERED,
+                BLOCK_T, A, V_WIDTH, BLOCK_A, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW,
+                FULL_ROWS, POSITION, TIME, ROW_DIVISOR, FAST, PRECISION, ALIGN,
             )  # fmt: skip
         num_prefix = prefix_end // BLOCK_N
         num_middle = num_prefix + tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
@@ -198,10 +201,10 @@ def _rows_task(
                 start = tl.where(step < num_middle, start, own_low + (step - num_middle) * BLOCK_N)
             total, d_time = _row_step(
                 total, d_time, q, g, inverse, head_k, head_v, KeyAge, i, i_first, start, first_key, n, history, q_age,
-                q_least, q_most, position, time, d_position, Thresholds, k_row, v_row, scale, inverse_divisor, center,
-                position_size, buckets_per_octave, last_bucket, True, BACKWARD, ORDERED, BLOCK_T, A, V_WIDTH, BLOCK_A,
-                BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW, FULL_ROWS, POSITION, TIME, ROW_DIVISOR,
-                FAST, PRECISION, ALIGN,
+                q_least, q_most, position, time, d_position, d_time_table, Thresholds, k_row, v_row, scale,
+                inverse_divisor, center, position_size, buckets_per_octave, last_bucket, True, BACKWARD, ORDERED,
+                BLOCK_T, A, V_WIDTH, BLOCK_A, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW,
+                FULL_ROWS, POSITION, TIME, ROW_DIVISOR, FAST, PRECISION, ALIGN,
             )  # fmt: skip
         head_out = Out + head_offset * out_head
         if BACKWARD:
@@ -222,7 +225,7 @@ def _rows_task(
 @triton.jit
 def _row_step(
     total, d_time, q, g, inverse, K, V, KeyAge, i, i_first, start, first_key, n, history, q_age, q_least, q_most,
-    Position, Time, DPosition, Thresholds, k_row, v_row, scale, inverse_divisor, center, position_size,
+    Position, Time, DPosition, DTime, Thresholds, k_row, v_row, scale, inverse_divisor, center, position_size,
     buckets_per_octave, last_bucket, MASKED: tl.constexpr, BACKWARD: tl.constexpr, ORDERED: tl.constexpr,
     BLOCK_T: tl.constexpr, A: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TARGETS: tl.constexpr,
@@ -270,7 +273,11 @@ def _row_step(
                 tl.debug_barrier()
         if TIME == 1:
             first, last = bucket_range(q_least, q_most, k_least, k_most, buckets_per_octave, last_bucket)
-            d_time = add_time_grad(d_time, d_score, Thresholds, q_age[:, None], k_age[None, :], first, last, BLOCK_T)
+            k_next = tl.load(KeyAge + first_key + keys + 1, mask=keys + 1 < n, other=0)
+            d_time = add_time_grad(
+                d_time, d_score, DTime, Thresholds, q_age[:, None], k_age[None, :], k_next[None, :], first, last,
+                buckets_per_octave, last_bucket, inverse_divisor, FEW_BUCKETS, ORDERED, BLOCK_T, BLOCK_N,
+            )  # fmt: skip
         elif TIME == 2:
             slots = tl.arange(0, BLOCK_T)
             log_gap = tl.log(1.0 + tl.abs(k_age[None, :] - q_age[:, None]).to(tl.float32))

@@ -11,6 +11,8 @@ import triton.language as tl
 TIME_NONE, TIME_BUCKETS, TIME_POWER_LAW = 0, 1, 2
 FURTHEST = tl.constexpr(2**31 - 1)
 """Beyond every age in s."""
+FEW_BUCKETS = tl.constexpr(4)
+"""Buckets crossed in a tile up to which each is compared on its own. A guess, not measured."""
 ESTIMATE_MARGIN = tl.constexpr(0.02)
 """In buckets: how far the float32 estimate of a bucket may be off; one comparison more than needed, never fewer."""
 
@@ -38,7 +40,7 @@ def load_rows(Base, start, num_rows, stride, WIDTH: tl.constexpr, ROWS: tl.const
     Zero beyond WIDTH and, where MASKED, beyond ``num_rows`` rows. ALIGN: rows start at multiples of so many elements.
     """
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    stride = tl.multiple_of(stride, ALIGN)
+    stride = stride // ALIGN * ALIGN  # the same number, and now the compiler knows what it is a multiple of
     first = tl.multiple_of(Base + start * stride, ALIGN * (Base.dtype.element_ty.primitive_bitwidth // 8))
     pointers = first + (rows[:, None] * stride + columns[None, :])
     if MASKED:
@@ -122,38 +124,91 @@ def bucket_range(q_least, q_most, k_least, k_most, buckets_per_octave, last_buck
 
 
 @triton.jit
-def time_bias(Table, Thresholds, q_age, k_age, first, last, SHAPE_0: tl.constexpr, SHAPE_1: tl.constexpr):
-    """Tile of ``w_time[bucket(gap)]`` where only buckets first .. last occur: one comparison per bucket crossed.
-
-    q_age and k_age broadcast to the tile; the gap's sign does not matter.
-    """
-    bias = tl.zeros([SHAPE_0, SHAPE_1], tl.float32) + tl.load(Table + first).to(tl.float32)
-    for bucket in range(first + 1, last + 1):
-        threshold = tl.load(Thresholds + bucket)
-        weight = tl.load(Table + bucket).to(tl.float32)
-        bias = tl.where(reaches(q_age, k_age, threshold), weight, bias)
-    return bias
-
-
-@triton.jit
 def reaches(q_age, k_age, threshold):
     """Whether the gap, of either sign, is at least ``threshold`` s: no tile of gaps, only shifted vectors."""
     return (k_age - threshold >= q_age) | (q_age - threshold >= k_age)
 
 
 @triton.jit
-def add_time_grad(total, d_score, Thresholds, q_age, k_age, first, last, BLOCK_T: tl.constexpr):
-    """total [BLOCK_T] float32 plus d_score summed by bucket, where only buckets first .. last occur.
+def bucket_of(Thresholds, q_age, k_age, buckets_per_octave, last_bucket):
+    """Tile of buckets: a float32 estimate from below, at most one short, made exact by one integer threshold."""
+    gap = tl.abs(k_age - q_age)
+    octaves = tl.log2(tl.maximum(gap, 1).to(tl.float32))
+    estimate = (octaves * buckets_per_octave * (1 - 1e-5) - ESTIMATE_MARGIN).to(tl.int32)  # toward zero
+    estimate = tl.minimum(estimate, last_bucket)
+    return tl.minimum(estimate + (gap >= tl.load(Thresholds + estimate + 1)).to(tl.int32), last_bucket)
 
-    Bucket b gets the sum over gaps that reach its threshold, minus that of bucket b + 1.
+
+@triton.jit
+def time_bias(Table, Thresholds, q_age, k_age, first, last, buckets_per_octave, last_bucket, FEW: tl.constexpr,
+              SHAPE_0: tl.constexpr, SHAPE_1: tl.constexpr):  # fmt: skip
+    """Tile of ``w_time[bucket(gap)]`` where only buckets first .. last occur; q_age and k_age broadcast to it.
+
+    Where FEW or fewer are crossed, as in all tiles but those near the diagonal, each costs a comparison and a
+    selection; elsewhere every pair looks its bucket up. No loop, so that the loop around can be pipelined.
+    """
+    if last - first <= FEW:
+        bias = tl.zeros([SHAPE_0, SHAPE_1], tl.float32) + tl.load(Table + first).to(tl.float32)
+        if last > first:
+            for step in tl.static_range(1, FEW + 1):
+                bucket = tl.minimum(first + step, last)
+                weight = tl.load(Table + bucket).to(tl.float32)
+                bias = tl.where(reaches(q_age, k_age, tl.load(Thresholds + bucket)), weight, bias)
+    else:
+        bucket = bucket_of(Thresholds, q_age, k_age, buckets_per_octave, last_bucket)
+        bias = tl.load(Table + bucket).to(tl.float32)
+    return bias
+
+
+@triton.jit
+def add_time_grad(total, d_score, Grad, Thresholds, q_age, k_age, k_next, first, last, buckets_per_octave,
+                  last_bucket, factor, FEW: tl.constexpr, ORDERED: tl.constexpr, BLOCK_T: tl.constexpr,
+                  COLUMNS: tl.constexpr):  # fmt: skip
+    """Sums d_score [M, N] by bucket, where only buckets first .. last occur: into total [BLOCK_T] float32, or, times
+    ``factor``, into the table Grad.
+
+    Where FEW or fewer buckets are crossed, and always if ORDERED: bucket b gets the sum over gaps that reach its
+    threshold, minus that of bucket b + 1. Elsewhere, as times are sorted, a row's buckets are runs: sums along each
+    run, and one atomic add where it ends. ``k_next``: ages of the keys one further. Times in another order only make
+    more runs.
     """
     slots = tl.arange(0, BLOCK_T)
-    total += tl.where(slots == first, tl.sum(tl.sum(d_score, 1), 0), 0.0)
-    for bucket in range(first + 1, last + 1):
-        further = reaches(q_age, k_age, tl.load(Thresholds + bucket))
-        part = tl.sum(tl.sum(tl.where(further, d_score, 0.0), 1), 0)
-        total += tl.where(slots == bucket, part, 0.0) - tl.where(slots == bucket - 1, part, 0.0)
+    if ORDERED:
+        total += tl.where(slots == first, tl.sum(tl.sum(d_score, 1), 0), 0.0)
+        for bucket in range(first + 1, last + 1):
+            total = _move_to_bucket(total, d_score, Thresholds, q_age, k_age, bucket, slots)
+    else:
+        if last - first <= FEW:
+            total += tl.where(slots == first, tl.sum(tl.sum(d_score, 1), 0), 0.0)
+            if last > first:
+                for step in tl.static_range(1, FEW + 1):
+                    # Beyond the last bucket the threshold is out of reach for the tile.
+                    bucket = tl.minimum(first + step, last_bucket + 1)
+                    total = _move_to_bucket(total, d_score, Thresholds, q_age, k_age, bucket, slots)
+        else:
+            here = bucket_of(Thresholds, q_age, k_age, buckets_per_octave, last_bucket)
+            after = bucket_of(Thresholds, q_age, k_next, buckets_per_octave, last_bucket)
+            columns = tl.arange(0, COLUMNS)[None, :]
+            ends = (here != after) | (columns == COLUMNS - 1)
+            before = tl.gather(ends.to(tl.int32), tl.maximum(columns - 1, 0) + tl.zeros_like(here), 1)
+            starts = tl.where(columns == 0, 1, before)
+            run, _ = tl.associative_scan((d_score, starts), 1, _add_within_run)
+            tl.atomic_add(Grad + here, run * factor, mask=ends & (run != 0.0), sem="relaxed")
     return total
+
+
+@triton.jit
+def _add_within_run(sum_a, start_a, sum_b, start_b):
+    """Combines two stretches of a row: the sum of the run that each ends with, and whether a run starts in it."""
+    return tl.where(start_b > 0, sum_b, sum_a + sum_b), start_a | start_b
+
+
+@triton.jit
+def _move_to_bucket(total, d_score, Thresholds, q_age, k_age, bucket, slots):
+    """Moves the sum over gaps that reach the bucket's threshold from the bucket before to it."""
+    further = reaches(q_age, k_age, tl.load(Thresholds + bucket))
+    part = tl.sum(tl.sum(tl.where(further, d_score, 0.0), 1), 0)
+    return total + tl.where(slots == bucket, part, 0.0) - tl.where(slots == bucket - 1, part, 0.0)
 
 
 @triton.jit
