@@ -141,13 +141,16 @@ class BiasConfig:
     """Time buckets, the last one open (0..128 published)."""
     bucket_width: float = 0.301
     """Width of a bucket in ln(seconds); published code divides a natural log by 0.301."""
+    time_kind: str = "buckets"
+    """buckets: a table (published). power_law: -a ln(1 + gap_s) + b, two weights in place of the table."""
     request_time: bool = True
     """True: gaps are ts[i+1] - ts[j], the model knows when the predicted event happens (published).
     False: gaps are ts[i] - ts[j]."""
 
     def __post_init__(self) -> None:
+        _one_of("model.bias.time_kind", self.time_kind, ("buckets", "power_law"))
         _check(self.num_buckets >= 1, "model.bias.num_buckets", self.num_buckets, ">= 1")
-        _check(self.bucket_width > 0, "model.bias.bucket_width", self.bucket_width, "> 0")
+        _check(self.bucket_width >= 0.001, "model.bias.bucket_width", self.bucket_width, ">= 0.001")
 
 
 @dataclass
@@ -173,11 +176,22 @@ class HSTUConfig:
     """Most recent events that are the model's input."""
     extra_slots: int = 11
     """Padded width N = max_len + extra_slots; N divides the attention (211 / 61 published)."""
+    divisor: str = "padded"
+    """What divides the attention. padded: N (published). max_len: the batch's longest user. row_count: how many
+    events each row sees."""
+    window: int = 0
+    """Local attention: each event sees only so many events up to its own. 0: all of them (published)."""
+    full_rows: int = 0
+    """With a window: a user's last so many events see everything (semi-local attention)."""
     l2_normalize: bool = True
     """L2-normalise outputs and item embeddings before the dot product."""
 
     def __post_init__(self) -> None:
         _check_model(self)
+        _one_of("model.divisor", self.divisor, ("padded", "max_len", "row_count"))
+        _check(self.window >= 0, "model.window", self.window, ">= 0")
+        _check(self.full_rows >= 0, "model.full_rows", self.full_rows, ">= 0")
+        _check(not self.full_rows or self.window > 0, "model.full_rows", self.full_rows, "0 without model.window")
 
 
 @dataclass
@@ -400,6 +414,8 @@ class KernelsConfig:
     backend: str = "auto"
     """auto (triton on CUDA where an op has it, else torch), triton or torch; an explicit choice that cannot be met
     raises."""
+    autotune: bool = False
+    """Time every configuration of a Triton kernel for each new size (seconds each) instead of taking the first."""
 
     def __post_init__(self) -> None:
         _one_of("kernels.backend", self.backend, ("auto", "triton", "torch"))

@@ -37,6 +37,7 @@ from hstu.progress import Display
 from hstu.runs import describe, load_run, lock_folder, open_store, run_folder
 from hstu.seeding import derive, seed_everything
 from kernels._backend import OPS, choose, set_backend
+from kernels._launch import set_autotune
 from kernels.attention import AttentionPlan
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Trainer:
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         set_backend(self.config.kernels.backend)
+        set_autotune(self.config.kernels.autotune)
         try:
             for op in OPS:
                 choose(op, self.device)

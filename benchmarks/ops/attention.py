@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.ops import Absent, Problem, Run, Sizes, Work, leaf, make_lengths, make_offsets, nbytes
+from benchmarks.ops import Absent, AotCase, Expect, Problem, Run, Sizes, Work, leaf, make_lengths, make_offsets, nbytes
 from kernels.attention import TimeBuckets, attention, make_plan
 
 BACKWARD_FLOPS = 2.5
@@ -307,3 +307,46 @@ def _fitting(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, A
     if unknown:
         raise Absent(f"this version of {function.__name__} needs {', '.join(unknown)}")
     return {n: given.get(n) for n in parameters if n in given or n in missing}
+
+
+# Ahead of time
+
+_KERNELS = ["_attention_rows_kernel", "_attention_keys_kernel"]
+
+
+def _aot(heads: int, width: int, longest: int, dtype: torch.dtype, rab: bool, targets: bool = False,
+         deterministic: bool = False) -> Callable[[], Any]:  # fmt: skip
+    """Both launchers on two users, forward and backward."""
+
+    def launch() -> None:
+        from kernels.attention.kernel import Problem as Launch
+        from kernels.attention.kernel import attention_bwd, attention_fwd
+
+        rows = 512
+        v, q, k = torch.zeros(rows, 3, heads, width, dtype=dtype).unbind(1)  # views of a fused projection
+        ages = torch.zeros(rows, dtype=torch.int32) if rab else None
+        problem = Launch(
+            q, k, v, torch.tensor([0, 256, 512]), torch.tensor([0, 1], dtype=torch.int32), None, None,
+            torch.tensor([8, 8]) if targets else None, ages, ages, TimeBuckets().thresholds() if rab else None, None,
+            torch.zeros(1, 2 * longest - 1) if rab else None, torch.zeros(1, 129) if rab else None, longest, longest,
+            (1, 0, 0, 0), int(rab), TimeBuckets().width, float(longest), 1.0,
+        )  # fmt: skip
+        attention_bwd(torch.zeros_like(attention_fwd(problem)), problem, deterministic)
+
+    return launch
+
+
+def aot_cases() -> list[AotCase]:
+    """The public widths with the bias, the long sequences with and without; targets and the ordered backward once."""
+    low, needs = torch.bfloat16, Expect(matrix=_KERNELS)
+    return [
+        ("ml-1m bfloat16", _aot(1, 50, 211, low, True), needs),
+        ("ml-20m bfloat16, targets", _aot(4, 64, 211, low, True, targets=True), needs),
+        ("books bfloat16", _aot(4, 16, 61, low, True), needs),
+        ("4x64 S=4096 bfloat16", _aot(4, 64, 4096, low, True), needs),
+        ("4x128 S=4096 bfloat16", _aot(4, 128, 4096, low, True), needs),
+        ("4x128 S=4096 bfloat16, no bias", _aot(4, 128, 4096, low, False), needs),
+        ("4x256 S=4096 bfloat16", _aot(4, 256, 4096, low, True), needs),
+        ("ml-1m float32, ordered", _aot(1, 50, 211, torch.float32, True, deterministic=True)),
+        ("4x128 S=4096 float32", _aot(4, 128, 4096, torch.float32, True)),
+    ]

@@ -15,7 +15,10 @@ INIT_STD = 0.02
 
 
 class RelativeBias(nn.Module):
-    """Position table [H or 1, 2N-1] and time table [H or 1, buckets] of one layer; either may be absent (None)."""
+    """Position table [H or 1, 2N-1] and time table [H or 1, buckets] of one layer; either may be absent (None).
+
+    By a power law instead of buckets the time weight is [H or 1, 2]: its slope and its level.
+    """
 
     def __init__(self, config: BiasConfig, num_heads: int, padded_len: int) -> None:
         super().__init__()
@@ -25,4 +28,6 @@ class RelativeBias(nn.Module):
         if config.position:
             self.position = nn.Parameter(torch.randn(tables, 2 * padded_len - 1) * INIT_STD)
         if config.time:
-            self.time = nn.Parameter(torch.randn(tables, config.num_buckets) * INIT_STD)
+            self.time = nn.Parameter(
+                torch.randn(tables, 2 if config.time_kind == "power_law" else config.num_buckets) * INIT_STD
+            )

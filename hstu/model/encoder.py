@@ -6,16 +6,17 @@ Legend: B users, L total events, N padded length, D model width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hstu.config import HSTUConfig, ModelConfig
+from hstu.config import BiasConfig, HSTUConfig, ModelConfig
 from hstu.data.batches import Batch
 from hstu.model.layer import HSTULayer
 from hstu.seeding import derive
 from kernels._dropout import seeded_dropout
-from kernels.attention import AttentionPlan, TimeBuckets, make_plan
+from kernels.attention import AttentionPlan, Mask, PowerLaw, TimeBuckets, make_plan
 
 
 class Encoder(nn.Module):
@@ -64,19 +65,28 @@ class HSTUEncoder(Encoder):
         self.request_time = config.bias.request_time
         self.input = InputStage(nn.init.xavier_normal_(torch.empty(padded_len, config.dim)), config.dropout)
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_blocks))
-        self.time_buckets = TimeBuckets(config.bias.num_buckets, config.bias.bucket_width) if config.bias.time else None
+        self.time_buckets = _time_buckets(config.bias)
+        self.mask = Mask(window=config.window, full_rows=config.full_rows)
+        self.count_rows = config.divisor == "row_count"
 
     def plan(self, batch: Batch) -> AttentionPlan:
-        if self.time_buckets is None:
-            return make_plan(batch.offsets, batch.max_len)
-        query_time = batch.request_times if self.request_time else batch.timestamps
-        return make_plan(batch.offsets, batch.max_len, query_time, batch.timestamps, self.time_buckets)
+        times: tuple[Any, ...] = (None, None, None)
+        if self.time_buckets is not None:
+            query_time = batch.request_times if self.request_time else batch.timestamps
+            times = (query_time, batch.timestamps, self.time_buckets)
+        return make_plan(batch.offsets, batch.max_len, *times, mask=self.mask, count_rows=self.count_rows)
 
     def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
         x = self.input(events, plan, layer_seed(seed, 0))
         for index, layer in enumerate(self.layers):
             x = layer(x, plan, layer_seed(seed, index + 1))
         return x
+
+
+def _time_buckets(config: BiasConfig) -> TimeBuckets | PowerLaw | None:
+    if not config.time:
+        return None
+    return PowerLaw() if config.time_kind == "power_law" else TimeBuckets(config.num_buckets, config.bucket_width)
 
 
 def make_encoder(config: ModelConfig) -> Encoder:

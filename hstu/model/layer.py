@@ -5,6 +5,8 @@ Legend: L total events, D model width, H heads, A query/key width, V value width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +31,9 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
-        self.dropout, self.divisor = config.dropout, float(config.max_len + config.extra_slots)
+        self.dropout = config.dropout
+        padded = float(config.max_len + config.extra_slots)
+        self.divisor: Any = padded if config.divisor == "padded" else config.divisor
         v_width, qk_width = config.num_heads * config.v_dim, config.num_heads * config.qk_dim
         self.widths = [v_width, v_width, qk_width, qk_width]
         self.uvqk = nn.Parameter(torch.randn(config.dim, sum(self.widths)) * PROJECTION_STD)

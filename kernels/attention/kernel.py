@@ -48,6 +48,10 @@ class Problem(NamedTuple):
     def heads(self) -> int:
         return self.q.shape[1]
 
+    def block_width(self) -> int:
+        """The larger head width, as the kernels pad it."""
+        return max(power_of_two(self.q.shape[2]), power_of_two(self.v.shape[2]))
+
     def compile_time(self, grad: Tensor | None = None) -> dict[str, object]:
         """The sizes and switches that both kernels are compiled for."""
         causal, contextual, window, full_rows = self.mask
@@ -124,43 +128,43 @@ NUM_SHARED_TABLES = 32
 
 
 def rows_configs(problem: Problem) -> list[Config]:
-    """For the kernel that walks query rows; the best guess first."""
+    """For the kernel that walks query rows, forward. The first spills no registers; the rest is for tuning."""
     if interpreting():
         return [config(BLOCK_M=16, BLOCK_N=32)]
-    width = max(power_of_two(problem.q.shape[2]), power_of_two(problem.v.shape[2]))
+    width = problem.block_width()
     if problem.q.dtype == torch.float32:
-        return [config(4, 2, BLOCK_M=32, BLOCK_N=32 if width <= 128 else 16)]
-    if problem.max_len <= 256:
-        small = [config(4, 2, BLOCK_M=64, BLOCK_N=64), config(4, 3, BLOCK_M=64, BLOCK_N=32)]
-        return small if width <= 128 else small[1:]
+        return [config(8, 1, BLOCK_M=32, BLOCK_N=32 if width <= 128 else 16)]
+    if problem.max_len <= 256 and width <= 64:
+        return [config(4, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=64, BLOCK_N=64)]
     if width <= 64:
-        return [config(4, 3, BLOCK_M=128, BLOCK_N=64), config(8, 3, BLOCK_M=128, BLOCK_N=128),
-                config(4, 3, BLOCK_M=64, BLOCK_N=64)]  # fmt: skip
+        return [config(8, 3, BLOCK_M=128, BLOCK_N=64), config(4, 3, BLOCK_M=64, BLOCK_N=64)]
     if width <= 128:
-        return [config(8, 3, BLOCK_M=128, BLOCK_N=64), config(8, 2, BLOCK_M=128, BLOCK_N=128),
-                config(4, 3, BLOCK_M=64, BLOCK_N=64)]  # fmt: skip
-    return [config(8, 2, BLOCK_M=128, BLOCK_N=32), config(8, 2, BLOCK_M=64, BLOCK_N=64)]
+        return [config(8, 2, BLOCK_M=128, BLOCK_N=32), config(8, 2, BLOCK_M=128, BLOCK_N=64),
+                config(4, 2, BLOCK_M=64, BLOCK_N=32)]  # fmt: skip
+    return [config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=128, BLOCK_N=32)]
 
 
 def rows_bwd_configs(problem: Problem) -> list[Config]:
-    """For the kernel that walks query rows, backward: smaller tiles, the tables' gradients need registers."""
-    return rows_configs(problem)
+    """The same walk backward: smaller tiles, the tables' gradients need registers."""
+    if interpreting() or problem.q.dtype == torch.float32:
+        return rows_configs(problem)
+    width = problem.block_width()
+    small, large = config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=128, BLOCK_N=32)
+    return [small, large, config(4, 2, BLOCK_M=64, BLOCK_N=32)] if width <= 128 else [small]
 
 
 def keys_configs(problem: Problem) -> list[Config]:
-    """For the kernel that walks key rows; the best guess first."""
+    """For the kernel that walks key rows."""
     if interpreting():
         return [config(BLOCK_M=16, BLOCK_N=32)]
-    width = max(power_of_two(problem.q.shape[2]), power_of_two(problem.v.shape[2]))
+    width = problem.block_width()
     if problem.q.dtype == torch.float32:
-        return [config(4, 1, BLOCK_M=32, BLOCK_N=32)] if width <= 128 else [config(8, 1, BLOCK_M=16, BLOCK_N=32)]
-    if problem.max_len <= 256 and width <= 128:
-        return [config(4, 2, BLOCK_M=32, BLOCK_N=64), config(4, 2, BLOCK_M=64, BLOCK_N=64)]
+        return [config(8, 1, BLOCK_M=32 if width <= 64 else 16, BLOCK_N=32)]
     if width <= 64:
-        return [config(4, 2, BLOCK_M=64, BLOCK_N=64), config(8, 2, BLOCK_M=64, BLOCK_N=128)]
+        return [config(4, 2, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=64, BLOCK_N=64)]
     if width <= 128:
-        return [config(8, 2, BLOCK_M=64, BLOCK_N=128), config(8, 2, BLOCK_M=64, BLOCK_N=64)]
-    return [config(8, 1, BLOCK_M=32, BLOCK_N=64), config(8, 1, BLOCK_M=64, BLOCK_N=64)]
+        return [config(8, 2, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=32, BLOCK_N=128)]
+    return [config(8, 1, BLOCK_M=32, BLOCK_N=64)]
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ MAX_PADDING = 1.12
 def lay_out(
     offsets: Tensor, query_time: Tensor | None, key_time: Tensor | None, time_buckets: TimeBuckets | PowerLaw | None,
     mask: Mask, num_targets: Tensor | None,
-) -> dict[str, Tensor | None]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """The CPU path's fields of an :class:`kernels.attention.AttentionPlan`, by name; arguments as its own."""
     schedule, rows, slots, order = _group_by_length(offsets)
-    fields: dict[str, Tensor | None] = {"schedule": schedule, "rows": rows, "slots": slots}
+    fields: dict[str, Any] = {"schedule": schedule, "rows": rows, "slots": slots}
     general = mask != CAUSAL or num_targets is not None
     if time_buckets is None and not general:
         return fields

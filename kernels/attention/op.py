@@ -57,6 +57,7 @@ def attention(
     number, row_divisor = _divisor(divisor, plan)
     _validate(q, k, v, plan, position_weight, time_weight, number)
     if choose("attention", q.device, q.dtype).backend == "triton":
+        _validate_for_kernel(q, v, plan)
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         kind, width = _time_kind(plan, time_weight)
@@ -68,7 +69,7 @@ def attention(
         )  # fmt: skip
     if q.device.type != "cpu" or plan.is_delta:
         return attention_reference(q, k, v, plan, position_weight, time_weight, number, scale, row_divisor)
-    assert plan.schedule is not None and plan.rows is not None and plan.slots is not None
+    assert plan.schedule is not None and plan.rows is not None and plan.slots is not None  # made on the CPU
     buckets = plan.buckets if time_weight is not None else None
     return torch.ops.hstu.attention(
         q, k, v, plan.schedule, plan.rows, plan.slots, buckets, plan.hidden, plan.pair_positions, row_divisor,
@@ -130,6 +131,20 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, position_wei
                 f"plan times: expected {q.shape[0]} query and {k.shape[0]} key times, "
                 f"got {plan.query_time.shape[0]} and {plan.key_time.shape[0]}"
             )
+
+
+def _validate_for_kernel(q: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    if plan.order is None:
+        raise ValueError("plan: made while kernels.backend was torch; make it under the backend it is used with")
+    if not (1 <= q.shape[2] <= MAX_WIDTH and 1 <= v.shape[2] <= MAX_WIDTH):
+        raise ValueError(
+            f"q and v have widths {q.shape[2]} and {v.shape[2]}: the Triton kernel takes 1 to {MAX_WIDTH} a head; "
+            "use more heads or kernels.backend=torch"
+        )
+
+
+MAX_WIDTH = 256
+"""Query/key and value width per head that the Triton kernel takes."""
 
 
 # CPU path

@@ -118,6 +118,8 @@ def make_plan(
     if offsets.device.type == "cpu":
         _check_lengths_on_cpu(lengths, key_lengths, num_targets, max_len)
     longest = max_len if max_query_len is None else max_query_len
+    if offsets.device.type == "cpu" and lengths.numel() and int(lengths.max()) > longest:
+        raise ValueError(f"max_query_len={longest}: the longest user has {int(lengths.max())} query rows")
     plan = AttentionPlan(
         offsets, max_len, query_time, key_time, time_buckets, mask, num_targets, longest, key_starts, key_lengths
     )

@@ -7,6 +7,7 @@ Legend: B users, L query rows in all, K key rows in all, H heads, A query/key wi
 N key rows of a tile, n rows of a user's sequence.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
 

@@ -5,6 +5,7 @@ Legend: A query/key width, V value width, M query rows and N key rows of a tile,
 and ``j`` carry the broadcasting shape, and the functions do not care.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
 

@@ -15,6 +15,10 @@ MAX_GAP_S = 2**31 - 2
 """Longest time gap told apart, s (68 years): differences of times then fit into 32 bits. Longer gaps count as it."""
 
 
+MIN_WIDTH = 0.001
+"""Of a bucket, in ln(s): what float32 logarithms of gaps can tell apart."""
+
+
 @dataclass(frozen=True)
 class TimeBuckets:
     """Buckets of a time gap: ``floor(ln(max(1, |gap_s|)) / width)``, the last one open.
@@ -27,6 +31,10 @@ class TimeBuckets:
     count: int = 129
     width: float = 0.301
     """In ln(s)."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not self.width >= MIN_WIDTH:
+            raise ValueError(f"time buckets {self.count} x {self.width}: expected count >= 1, width >= {MIN_WIDTH}")
 
     @property
     def num_weights(self) -> int:

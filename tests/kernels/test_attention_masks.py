@@ -162,8 +162,9 @@ def delta_case():
         ({"key_starts": torch.tensor([0, 5])}, "give both or none"),
         ({"key_starts": torch.tensor([0, 5]), "key_lengths": torch.tensor([4, 2])}, "fewer keys than query rows"),
         ({"max_len": 2}, "max_len=2: the longest user has 5 rows"),
+        ({"max_query_len": 3}, "max_query_len=3: the longest user has 5 query rows"),
     ],
-    ids=["too-many", "shape", "dtype", "half-a-cache", "cache-too-short", "max-len"],
+    ids=["too-many", "shape", "dtype", "half-a-cache", "cache-too-short", "max-len", "max-query-len"],
 )
 def test_plan_refuses_lengths_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):

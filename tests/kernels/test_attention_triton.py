@@ -170,6 +170,21 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.hstu.attention_triton.default, arguments)
 
 
+def test_a_plan_made_for_torch_is_refused():
+    set_backend("torch")
+    inputs, plan = make([5])
+    set_backend("triton")
+    with pytest.raises(ValueError, match="made while kernels.backend was torch"):
+        attention(**inputs, plan=plan, divisor=9.0)
+
+
+def test_widths_beyond_256_are_refused():
+    plan = make_plan(torch.tensor([0, 1], device=DEVICE), 1)
+    q = torch.zeros(1, 1, 257, device=DEVICE)
+    with pytest.raises(ValueError, match="takes 1 to 256"):
+        attention(q, q, q, plan, divisor=9.0)
+
+
 def test_float64_is_refused_where_triton_is_asked_for():
     inputs, plan = make([5], dtype=torch.float64)
     with pytest.raises(ValueError, match="float64"):

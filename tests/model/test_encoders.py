@@ -17,6 +17,8 @@ CONFIGS = {
     "hstu": HSTUConfig(dim=8, num_heads=2, qk_dim=4, v_dim=5, max_len=20),
     "hstu-per-head": HSTUConfig(dim=8, num_heads=2, qk_dim=4, v_dim=4, max_len=20, bias=BiasConfig(per_head=True)),
     "hstu-no-bias": HSTUConfig(dim=8, qk_dim=4, v_dim=4, max_len=20, bias=BiasConfig(position=False, time=False)),
+    "hstu-window": HSTUConfig(dim=8, qk_dim=4, v_dim=4, max_len=20, window=3, full_rows=1, divisor="row_count"),
+    "hstu-power-law": HSTUConfig(dim=8, qk_dim=4, v_dim=4, max_len=20, bias=BiasConfig(time_kind="power_law")),
     "sasrec": SASRecConfig(dim=8, num_heads=2, ffn_dim=12, max_len=20),
     "transformer": TransformerConfig(dim=8, num_heads=2, ffn_dim=12, max_len=20),
 }
