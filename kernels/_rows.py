@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs
-"""Rows of a table in Triton: their norms, draws of them, sums into them. Shared by the losses over an item table.
+"""Rows of a table in Triton: their norms, products, draws of them, sums into them. Shared by all ops over a table.
 
 Normalised rows are ``x * inverse`` with ``inverse = 1 / max(|x|, eps)``. With ``y = x * inverse`` the gradient is
 ``d x = inverse * (d y - y (y . d y))`` where ``|x| > eps`` (*live*), and ``inverse * d y`` below.
@@ -34,6 +34,50 @@ def inverse_norm(squares, eps):
     """1 / max(|x|, eps) from the sum of squares, and 1.0 where |x| > eps, else 0.0."""
     norm = tl.sqrt(squares)
     return 1.0 / tl.maximum(norm, eps), tl.where(norm > eps, 1.0, 0.0)
+
+
+@triton.jit
+def read_rows(base, rows, inside, D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows of a matrix, [rows, BLOCK_D] in the dtype of the products, zero where not inside."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :]
+    return tl.load(base + rows[:, None] * STRIDE + d[None, :], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def products(
+    a, b, a_base, a_rows, a_inside, b_base, b_rows, b_inside, D: tl.constexpr, STRIDE_A: tl.constexpr,
+    STRIDE_B: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """a b^T [a rows, b rows] float32, of the tiles, or, with a CHUNK, of the rows read again CHUNK columns at a time.
+
+    Products of float32 that are no TF32 run without matrix units and hold both operands in registers.
+    """
+    if CHUNK == 0:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        total = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+        for start in range(0, D, CHUNK):
+            d = start + tl.arange(0, CHUNK)
+            a_part = tl.load(
+                a_base + a_rows[:, None] * STRIDE_A + d[None, :], mask=a_inside[:, None] & (d < D)[None, :], other=0.0
+            ).to(DTYPE)
+            b_part = tl.load(
+                b_base + b_rows[None, :] * STRIDE_B + d[:, None], mask=b_inside[None, :] & (d < D)[:, None], other=0.0
+            ).to(DTYPE)
+            total = tl.dot(a_part, b_part, total, input_precision=PRECISION)
+        return total
+
+
+@triton.jit
+def inverses(inverse, rows, inside, NORMALIZE: tl.constexpr):
+    """1 / max(norm, eps) of rows, and 1.0 where the norm exceeds eps; ones and zeros without normalisation."""
+    if NORMALIZE:
+        signed = tl.load(inverse + rows, mask=inside, other=1.0)
+        return tl.abs(signed), tl.where(signed > 0, 1.0, 0.0)
+    else:
+        one = rows.to(tl.float32) * 0.0 + 1.0
+        return one, one * 0.0
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels._rows import add_to_rows
+from kernels._rows import add_to_rows, inverses, products, read_rows
 
 SIZES = ["num_items", "length", "per_split"]
 """Differ from call to call: one binary for all, and a size of 1 is no constant."""
@@ -37,50 +37,6 @@ def _items(ids, start, num_items, BANK: tl.constexpr, BLOCK_V: tl.constexpr):
         inside = (at > 0) & (at < num_items)  # row 0 is padding
         rows = at
     return rows, inside
-
-
-@triton.jit
-def _tile(base, rows, inside, D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of a matrix, [rows, BLOCK_D] in the dtype of the products, zero where not inside."""
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :]
-    return tl.load(base + rows[:, None] * STRIDE + d[None, :], mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _products(
-    a, b, a_base, a_rows, a_inside, b_base, b_rows, b_inside, D: tl.constexpr, STRIDE_A: tl.constexpr,
-    STRIDE_B: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """a b^T [a rows, b rows] float32, of the tiles, or, with a CHUNK, of the rows read again CHUNK columns at a time.
-
-    Products of float32 that are no TF32 run without matrix units and hold both operands in registers.
-    """
-    if CHUNK == 0:
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    else:
-        total = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
-        for start in range(0, D, CHUNK):
-            d = start + tl.arange(0, CHUNK)
-            a_part = tl.load(
-                a_base + a_rows[:, None] * STRIDE_A + d[None, :], mask=a_inside[:, None] & (d < D)[None, :], other=0.0
-            ).to(DTYPE)
-            b_part = tl.load(
-                b_base + b_rows[None, :] * STRIDE_B + d[:, None], mask=b_inside[None, :] & (d < D)[:, None], other=0.0
-            ).to(DTYPE)
-            total = tl.dot(a_part, b_part, total, input_precision=PRECISION)
-        return total
-
-
-@triton.jit
-def _inverses(inverse, rows, inside, NORMALIZE: tl.constexpr):
-    """1 / max(norm, eps) of rows, and 1.0 where the norm exceeds eps; ones and zeros without normalisation."""
-    if NORMALIZE:
-        signed = tl.load(inverse + rows, mask=inside, other=1.0)
-        return tl.abs(signed), tl.where(signed > 0, 1.0, 0.0)
-    else:
-        one = rows.to(tl.float32) * 0.0 + 1.0
-        return one, one * 0.0
 
 
 @triton.jit
@@ -107,16 +63,16 @@ def _softmax_blocks_fwd_kernel(
     inside = rows < length
     label = tl.load(labels + rows, mask=inside, other=0).to(tl.int64)
     label32 = label.to(tl.int32)
-    q = _tile(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
+    q = read_rows(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
     wide_q = q.to(tl.float32)
-    own_row = _tile(table, label, inside, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32)
+    own_row = read_rows(table, label, inside, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32)
     own_logit = tl.sum(wide_q * own_row, axis=1)
     row_scale = tl.zeros([BLOCK_L], tl.float32) + scale
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(wide_q * wide_q, axis=1))
         inverse_q = 1.0 / tl.maximum(norm, eps)
         row_scale *= inverse_q
-        own_logit *= _inverses(inverse_e, label, inside, True)[0]
+        own_logit *= inverses(inverse_e, label, inside, True)[0]
         tl.store(inverse_out + rows, tl.where(norm > eps, inverse_q, -inverse_q), mask=inside)
     own_logit *= row_scale
     if LABEL_LOG_Q:
@@ -129,12 +85,12 @@ def _softmax_blocks_fwd_kernel(
     first = tl.program_id(1).to(tl.int64) * per_split
     for start in range(first, min(first + per_split, num_items), BLOCK_V):
         items, exist = _items(ids, start, num_items, BANK, BLOCK_V)
-        e = _tile(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE)
-        logit = row_scale[:, None] * _products(
+        e = read_rows(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE)
+        logit = row_scale[:, None] * products(
             q, e, queries, rows, inside, table, items, exist, D, STRIDE_Q, STRIDE_E, CHUNK, PRECISION, DTYPE
         )
         if NORMALIZE:
-            logit *= _inverses(inverse_e, items, exist, True)[0][None, :]
+            logit *= inverses(inverse_e, items, exist, True)[0][None, :]
         if LOG_Q:
             logit += _column_bias(log_q, start, num_items, True, BLOCK_V)[None, :]
         logit = tl.where(exist[None, :] & (items.to(tl.int32)[None, :] != label32[:, None]), logit, float("-inf"))
@@ -180,17 +136,17 @@ def _softmax_blocks_dq_kernel(
     d = tl.arange(0, BLOCK_D)
     label = tl.load(labels + rows, mask=inside, other=0).to(tl.int32)
     own_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
-    q = _tile(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
-    row_scale = _inverses(inverse_q, rows, inside, NORMALIZE)[0] * (scale * LOG2_E)
+    q = read_rows(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
+    row_scale = inverses(inverse_q, rows, inside, NORMALIZE)[0] * (scale * LOG2_E)
     into = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     first = tl.program_id(1).to(tl.int64) * per_split
     for start in range(first, min(first + per_split, num_items), BLOCK_V):
         items, exist = _items(ids, start, num_items, BANK, BLOCK_V)
-        e = _tile(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE)
-        logit = row_scale[:, None] * _products(
+        e = read_rows(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE)
+        logit = row_scale[:, None] * products(
             q, e, queries, rows, inside, table, items, exist, D, STRIDE_Q, STRIDE_E, CHUNK, PRECISION, DTYPE
         )
-        inverse_items = _inverses(inverse_e, items, exist, NORMALIZE)[0]
+        inverse_items = inverses(inverse_e, items, exist, NORMALIZE)[0]
         if NORMALIZE:
             logit *= inverse_items[None, :]
         if LOG_Q:
@@ -219,10 +175,10 @@ def _finish_dq_kernel(
     label = tl.load(labels + rows, mask=inside, other=0).to(tl.int64)
     factor = tl.load(grad + rows * stride_g, mask=inside, other=0.0).to(tl.float32) * scale
     weight = tl.exp2(tl.load(loss + rows, mask=inside, other=0.0) * -LOG2_E) - 1.0
-    inverse, live = _inverses(inverse_q, rows, inside, NORMALIZE)
-    inverse_own, live_own = _inverses(inverse_e, label, inside, NORMALIZE)
-    unit_q = _tile(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE).to(tl.float32) * inverse[:, None]
-    unit_own = _tile(table, label, inside, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32) * inverse_own[:, None]
+    inverse, live = inverses(inverse_q, rows, inside, NORMALIZE)
+    inverse_own, live_own = inverses(inverse_e, label, inside, NORMALIZE)
+    unit_q = read_rows(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE).to(tl.float32) * inverse[:, None]
+    unit_own = read_rows(table, label, inside, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32) * inverse_own[:, None]
     into = weight[:, None] * unit_own
     for s in range(SPLITS):
         at = (s * length.to(tl.int64) + rows)[:, None] * D + d[None, :]
@@ -257,9 +213,9 @@ def _softmax_blocks_de_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_V
     items, exist = _items(ids, start, num_items, BANK, BLOCK_V)
     d = tl.arange(0, BLOCK_D)
-    e = _tile(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE)
+    e = read_rows(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE)
     items32 = items.to(tl.int32)
-    item_scale = _inverses(inverse_e, items, exist, NORMALIZE)[0] * (scale * LOG2_E)
+    item_scale = inverses(inverse_e, items, exist, NORMALIZE)[0] * (scale * LOG2_E)
     bias = _column_bias(log_q, start, num_items, LOG_Q, BLOCK_V)
     shrink = 1.0
     if SCALED:
@@ -269,12 +225,12 @@ def _softmax_blocks_de_kernel(
     for begin in range(first, min(first + per_split, length), BLOCK_L):
         rows = begin + tl.arange(0, BLOCK_L).to(tl.int64)
         inside = rows < length
-        q = _tile(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
+        q = read_rows(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
         label = tl.load(labels + rows, mask=inside, other=0).to(tl.int32)
         own_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
-        inverse_rows = _inverses(inverse_q, rows, inside, NORMALIZE)[0]
+        inverse_rows = inverses(inverse_q, rows, inside, NORMALIZE)[0]
         factor = tl.load(grad + rows * stride_g, mask=inside, other=0.0).to(tl.float32) * inverse_rows * shrink
-        logit = item_scale[:, None] * _products(
+        logit = item_scale[:, None] * products(
             e, q, table, items, exist, queries, rows, inside, D, STRIDE_E, STRIDE_Q, CHUNK, PRECISION, DTYPE
         )
         if NORMALIZE:
@@ -316,8 +272,8 @@ def _finish_de_kernel(
         unit = tl.maximum(tl.load(largest), SMALLEST) * scale
     into *= unit
     if NORMALIZE:
-        inverse, live = _inverses(inverse_e, items, exist, True)
-        unit_e = _tile(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32) * inverse[:, None]
+        inverse, live = inverses(inverse_e, items, exist, True)
+        unit_e = read_rows(table, items, exist, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32) * inverse[:, None]
         into -= (live * tl.sum(unit_e * into, axis=1))[:, None] * unit_e
         if not FIXED:
             into *= inverse[:, None]

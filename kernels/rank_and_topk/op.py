@@ -33,18 +33,24 @@ def rank(
             have no effect.
         seen_offsets: [B + 1] int32 or int64. User b's seen items are seen_ids[seen_offsets[b]:seen_offsets[b + 1]].
         l2_normalize: normalise queries and item embeddings first; eps: > 0, lower bound of the norm.
-        chunk_mib: > 0. Bound of the scores that exist at a time, in MiB (at least one user's row).
+        chunk_mib: > 0. Bound of the scores that exist at a time, in MiB (at least one user's row); on the Triton path
+            of what takes their place: a bit per item of each user.
 
     Returns:
         float64 [B], a multiple of 0.5.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a score is not finite; on the CPU also ids out of range.
+
+    Autocast has no effect: products are of the inputs as they are, accumulated in float32 (or float64).
     """
     _common.check_queries_and_table(queries, table, "B")
     _common.check_ids("targets", targets, (queries.shape[0],), queries)
     _check_seen(queries, seen_ids, seen_offsets)
     _common.check_positive(eps=eps, chunk_mib=chunk_mib)
+    if _on_triton(queries, table):
+        queries, table = queries.detach(), table.detach()
+        return torch.ops.hstu.rank_triton(queries, table, targets, seen_ids, seen_offsets, l2_normalize, eps, chunk_mib)
     q, e = _common.prepare(queries.detach(), table.detach(), l2_normalize, eps)
     return torch.ops.hstu.rank(q, e, targets, seen_ids, seen_offsets, chunk_mib)
 
@@ -74,8 +80,17 @@ def topk(
     _common.check_queries_and_table(queries, table, "B")
     _check_seen(queries, seen_ids, seen_offsets)
     _common.check_positive(k=k, eps=eps, chunk_mib=chunk_mib)
+    if _on_triton(queries, table):
+        queries, table = queries.detach(), table.detach()
+        return torch.ops.hstu.topk_triton(queries, table, k, seen_ids, seen_offsets, l2_normalize, eps, chunk_mib)
     q, e = _common.prepare(queries.detach(), table.detach(), l2_normalize, eps)
     return torch.ops.hstu.topk(q, e, k, seen_ids, seen_offsets, chunk_mib)
+
+
+def _on_triton(queries: Tensor, table: Tensor) -> bool:
+    """Raises ValueError for an explicit backend that cannot be met."""
+    dtype = torch.promote_types(queries.dtype, table.dtype)
+    return choose("rank_and_topk", queries.device, dtype).backend == "triton"
 
 
 def _check_seen(queries: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None) -> None:
@@ -101,7 +116,6 @@ def _check_ranges(table: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor |
 @torch.library.custom_op("hstu::rank", mutates_args=())
 def _rank(queries: Tensor, table: Tensor, targets: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None,
           chunk_mib: float) -> Tensor:  # fmt: skip
-    choose("rank_and_topk", queries.device)
     _common.check_range_on_cpu("targets", targets, table.shape[0] - 1)
     _check_ranges(table, seen_ids, seen_offsets)
     with _common.no_autocast(queries.device):
@@ -116,7 +130,6 @@ def _(queries, table, targets, seen_ids, seen_offsets, chunk_mib):  # type: igno
 @torch.library.custom_op("hstu::topk", mutates_args=())
 def _topk(queries: Tensor, table: Tensor, k: int, seen_ids: Tensor | None, seen_offsets: Tensor | None,
           chunk_mib: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    choose("rank_and_topk", queries.device)
     _check_ranges(table, seen_ids, seen_offsets)
     with _common.no_autocast(queries.device):
         return cpu.topk_torch(queries, table, k, seen_ids, seen_offsets, chunk_mib)
@@ -126,3 +139,43 @@ def _topk(queries: Tensor, table: Tensor, k: int, seen_ids: Tensor | None, seen_
 def _(queries, table, k, seen_ids, seen_offsets, chunk_mib):  # type: ignore[no-untyped-def]
     shape = (queries.shape[0], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _check_finite(values: Tensor) -> None:
+    """The one wait for the device, of B values."""
+    if not bool(values.isfinite().all()):
+        raise ValueError("scores are not finite: queries or table hold NaN, infinite or huge values")
+
+
+@torch.library.custom_op("hstu::rank_triton", mutates_args=())
+def _rank_triton(queries: Tensor, table: Tensor, targets: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None,
+                 normalize: bool, eps: float, chunk_mib: float) -> Tensor:  # fmt: skip
+    from kernels.rank_and_topk.kernel import rank_fwd
+
+    _common.check_range_on_cpu("targets", targets, table.shape[0] - 1)
+    _check_ranges(table, seen_ids, seen_offsets)
+    ranks = rank_fwd(queries, table, targets, seen_ids, seen_offsets, normalize, eps, chunk_mib)
+    _check_finite(ranks)
+    return ranks
+
+
+@_rank_triton.register_fake
+def _(queries, table, targets, seen_ids, seen_offsets, normalize, eps, chunk_mib):  # type: ignore[no-untyped-def]
+    return queries.new_empty(queries.shape[0], dtype=torch.float64)
+
+
+@torch.library.custom_op("hstu::topk_triton", mutates_args=())
+def _topk_triton(queries: Tensor, table: Tensor, k: int, seen_ids: Tensor | None, seen_offsets: Tensor | None,
+                 normalize: bool, eps: float, chunk_mib: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from kernels.rank_and_topk.kernel import topk_fwd
+
+    _check_ranges(table, seen_ids, seen_offsets)
+    scores, ids, poisons = topk_fwd(queries, table, k, seen_ids, seen_offsets, normalize, eps, chunk_mib)
+    _check_finite(poisons)
+    return scores, ids
+
+
+@_topk_triton.register_fake
+def _(queries, table, k, seen_ids, seen_offsets, normalize, eps, chunk_mib):  # type: ignore[no-untyped-def]
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
