@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -64,19 +65,26 @@ def test_its_records_are_records_of_this_project(whole):
 @pytest.mark.slow
 def test_a_rerun_does_nothing_again_and_refresh_does(whole):
     folder, _ = whole
-    before = (folder / "report" / "parts" / "device.json").stat().st_mtime_ns
-    done = run_report(folder, "toy=true", "device=cpu")
-    assert done.returncode == 0 and "== " not in done.stdout
-    assert (folder / "report" / "parts" / "device.json").stat().st_mtime_ns == before
-    done = run_report(folder, "toy=true", "device=cpu", "parts=[device]", "refresh=true")
-    assert done.returncode == 0 and "== device" in done.stdout
-    assert (folder / "report" / "parts" / "device.json").stat().st_mtime_ns > before
+    parts = folder / "report" / "parts"
+    times = {part: (parts / f"{part}.json").stat().st_mtime_ns for part in PARTS}
+    config = GpuReportConfig(out=str(folder / "report"), toy=True, device="cpu")
+    assert gpu_report.run_report(config) == 0
+    assert {part: (parts / f"{part}.json").stat().st_mtime_ns for part in PARTS} == times
+    assert gpu_report.run_report(dataclasses.replace(config, parts=["device"], refresh=True)) == 0
+    changed = {part for part in PARTS if (parts / f"{part}.json").stat().st_mtime_ns != times[part]}
+    assert changed == {"device"}
 
 
-def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
-    done = run_report(tmp_path, "toy=true", "device=cpu", "data=nowhere", "parts=[training,device]")
-    assert done.returncode == 1
-    assert "failed:\n- training: UserError: data=nowhere: no such folder" in done.stdout
+def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, capsys):
+    config = GpuReportConfig(
+        out=str(tmp_path / "report"),
+        toy=True,
+        device="cpu",
+        data=str(tmp_path / "nowhere"),
+        parts=["training", "device"],
+    )
+    assert gpu_report.run_report(config) == 1
+    assert "failed:\n- training: UserError: data=nowhere: no such folder" in capsys.readouterr().out
     assert "Traceback" in state(tmp_path, "training")["traceback"]
     assert state(tmp_path, "device")["status"] == "done"
 
