@@ -35,8 +35,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def plot_record(record: Record, folder: Path, stem: str) -> list[Path]:
-    """Plots a record of hstu-bench into ``folder/<stem>-*.png``; returns what was drawn."""
+def plot_record(record: Record, folder: Path, stem: str, roofline: bool = True) -> list[Path]:
+    """Plots a record of hstu-bench into ``folder/<stem>-*.png``; returns what was drawn. roofline: that one too."""
     plt = _pyplot()
     if plt is None:
         return []
@@ -47,7 +47,7 @@ def plot_record(record: Record, folder: Path, stem: str) -> list[Path]:
     for name, draw in (
         ("tflops", lambda: _over_length(plt, rows, "tflop_s", "TFLOP/s", ceilings.get("product_tflop_s"))),
         ("memory", lambda: _over_length(plt, rows, "peak_mib", "peak memory, MiB", None)),
-        ("roofline", lambda: _roofline(plt, rows, ceilings)),
+        ("roofline", lambda: _roofline(plt, rows, ceilings) if roofline else None),
     ):
         figure = draw()
         if figure is None:

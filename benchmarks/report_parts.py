@@ -243,7 +243,9 @@ def bench_part(op: str, name: str, **options: Any) -> Callable[[Context], Outcom
         record.name = context.name(name.replace("_", "-"))
         record.config["toy"] = context.config.toy
         files = [context.write(record)]
-        files += [p.name for p in plot_record(record, context.out, files[0].removesuffix(".json"))]
+        files += [
+            p.name for p in plot_record(record, context.out, files[0].removesuffix(".json"), not config.competitors)
+        ]
         late = sum(row.get("absent") == OUT_OF_TIME for row in rows)
         text = f"{sum('ms' in row for row in rows)} measurements{best_line(rows)}"
         if late:
