@@ -188,9 +188,9 @@ def _blocks(c: Config, outer: str, inner: str) -> dict[str, int]:
 
 def softmax_blocks_bwd(
     p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: Tensor, inverse_e: Tensor, deterministic: bool,
-    table_dtype: torch.dtype,
+    query_dtype: torch.dtype, table_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries [L, D] and table [V, D]; ``table_dtype`` is that of the table's.
+    """Gradients of queries [L, D] and table [V, D]; in these dtypes.
 
     The whole table's gradient is deterministic as it is; a bank's by integer sums when ``deterministic``.
     """
@@ -204,7 +204,7 @@ def softmax_blocks_bwd(
         "inverse_e": inverse_e, "per_quantum": None if quantum is None else quantum[1:], "d_table": d_table,
         "FIXED": fixed,
     }  # fmt: skip
-    d_queries = _d_queries(p, grad, loss, lse, inverse_q, shared)
+    d_queries = _d_queries(p, grad, loss, lse, inverse_q, query_dtype, shared)
     d_table = _d_table(p, grad, loss, lse, inverse_q, table_dtype, shared)
     if quantum is not None:
         return d_queries, finish_fixed(d_table, quantum, p.table, p.eps, p.normalize, table_dtype)
@@ -215,7 +215,7 @@ def _finish_rows(block_d: int) -> int:
     return 16 if interpreting() else max(1, FINISH_ELEMENTS // block_d)
 
 
-def _d_queries(p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: Tensor,
+def _d_queries(p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: Tensor, dtype: torch.dtype,
                shared: dict[str, Any]) -> Tensor:  # fmt: skip
     """Gradient [L, D]; of a bank also the label's part of ``shared["d_table"]``."""
     length, width = p.queries.shape
@@ -230,7 +230,7 @@ def _d_queries(p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: T
         return parts
 
     parts = select("softmax_blocks_dq", p.key(), configs(GRAD_BLOCKS, width, p.dtype), launch)
-    d_queries = torch.empty(length, width, dtype=p.queries.dtype, device=p.queries.device)
+    d_queries = torch.empty(length, width, dtype=dtype, device=p.queries.device)
     block_d = power_of_two(width)
     rows = _finish_rows(block_d)
     _finish_dq_kernel[(triton.cdiv(length, rows),)](
@@ -262,8 +262,9 @@ def _d_table(p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: Ten
         return parts
 
     parts = select("softmax_blocks_de", p.key(), configs(GRAD_BLOCKS, width, p.dtype), launch)
-    if p.ids is None:  # where it has the size and the dtype, the first part becomes the gradient
-        out = parts[0] if dtype == torch.float32 else torch.empty_like(p.table, dtype=dtype).contiguous()
+    if p.ids is None:  # where size and dtype fit, the sums become the gradient in place
+        fits = parts.shape[0] == 1 and dtype == torch.float32
+        out = parts[0] if fits else torch.empty(p.num_items, width, dtype=dtype, device=p.queries.device)
         shared = shared | {"d_table": out}
     block_d = power_of_two(width)
     rows = _finish_rows(block_d)

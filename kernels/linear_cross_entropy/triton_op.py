@@ -50,11 +50,10 @@ def _op_backward(
     from kernels.linear_cross_entropy.kernel import problem, softmax_blocks_bwd
 
     narrow = _common.rounded(queries, dtype), _common.rounded(table, dtype)
-    d_queries, d_table = softmax_blocks_bwd(
+    return softmax_blocks_bwd(
         problem(*narrow, labels, ids, log_q, None, scale, normalize, eps, dtype), grad, loss, lse, inverse_q,
-        inverse_e, deterministic, table.dtype,
+        inverse_e, deterministic, queries.dtype, table.dtype,
     )  # fmt: skip
-    return d_queries.to(queries.dtype), d_table
 
 
 @_op_backward.register_fake

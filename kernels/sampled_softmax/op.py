@@ -60,7 +60,7 @@ def sampled_softmax(
         ValueError: shapes, dtypes or devices do not fit; a sparse gradient where there is none; on the CPU also ids
             out of range.
 
-    Under autocast the Triton path rounds queries and embeddings to autocast's dtype; sums, statistics and the loss are
+    Under autocast the Triton path rounds the embeddings to autocast's dtype; sums, statistics and the loss are
     float32. The torch path keeps their own dtype.
 
     Source: Zhai et al. 2024 (arXiv 2402.17152), section 4.1; negatives as in its reference code.

@@ -33,7 +33,7 @@ def _op(
 
     _check_ranges(labels, negatives, table)
     draws = Draws(negatives, num_negatives, seed)
-    queries, table = _common.rounded(queries, dtype), _common.rounded(table, dtype)
+    table = _common.rounded(table, dtype)  # fewer bytes to gather; queries are read once
     return sampled_softmax_fwd(queries, table, labels, draws, log_q, label_log_q, scale, normalize, eps)
 
 
@@ -54,9 +54,9 @@ def _op_backward(
     draws = Draws(negatives, num_negatives, seed)
     rounded = _common.rounded(table, dtype)
     d_queries, sums, quantum = sampled_softmax_bwd(
-        grad, _common.rounded(queries, dtype), rounded, labels, draws, log_q, lse, scale, normalize, eps, deterministic
+        grad, queries, rounded, labels, draws, log_q, lse, scale, normalize, eps, deterministic
     )
-    return d_queries.to(queries.dtype), finish(sums, quantum, rounded, normalize, eps, table.dtype)
+    return d_queries, finish(sums, quantum, rounded, normalize, eps, table.dtype)
 
 
 @_op_backward.register_fake
@@ -78,12 +78,11 @@ def _sparse_backward(
     ids = marks.nonzero()[:, 0]  # ascending; the one wait
     slots = marks.cumsum(0, dtype=torch.int32) - 1
     d_queries, sums, quantum = sampled_softmax_bwd(
-        grad, _common.rounded(queries, dtype), rounded, labels, draws, log_q, lse, scale, normalize, eps,
-        deterministic, slots, ids.shape[0],
+        grad, queries, rounded, labels, draws, log_q, lse, scale, normalize, eps, deterministic, slots, ids.shape[0],
     )  # fmt: skip
     values = finish(sums, quantum, rounded, normalize, eps, table.dtype, ids)
     d_table = torch.sparse_coo_tensor(ids[None], values, table.shape, is_coalesced=True, check_invariants=False)
-    return d_queries.to(queries.dtype), d_table
+    return d_queries, d_table
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
