@@ -164,7 +164,7 @@ def keys_configs(problem: Problem) -> list[Config]:
         return [config(4, 2, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=64, BLOCK_N=64)]
     if width <= 128:
         return [config(8, 2, BLOCK_M=32, BLOCK_N=64), config(8, 2, BLOCK_M=32, BLOCK_N=128)]
-    return [config(8, 1, BLOCK_M=32, BLOCK_N=64)]
+    return [config(8, 2, BLOCK_M=32, BLOCK_N=64)]
 
 
 def _unit_stride(x: Tensor) -> Tensor:

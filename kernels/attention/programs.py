@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.attention.tile import (
     FEW_BUCKETS,
+    FEW_SUMS,
     add_diagonals,
     add_time_grad,
     age_range,
@@ -49,10 +50,12 @@ def _scores(product, i, j, q_age, k_age, q_least, q_most, k_least, k_most, Posit
 
 
 @triton.jit
-def _key_ranges(i_first, i_last, history, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, TARGETS: tl.constexpr,
-                CONTEXTUAL: tl.constexpr, WINDOW: tl.constexpr, FULL_ROWS: tl.constexpr):  # fmt: skip
+def _key_ranges(i_first, i_last, history, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                TARGETS: tl.constexpr, CONTEXTUAL: tl.constexpr, WINDOW: tl.constexpr,
+                FULL_ROWS: tl.constexpr):  # fmt: skip
     """Keys that query rows i_first .. i_last need: [0, whole) seen by all of them, then three masked stretches.
 
+    Without SPLIT all of them are masked: whole is 0.
     Returns whole, prefix_end, low, high, own_low, own_high: keys [0, prefix_end), [low, high) and [own_low, own_high).
     All but the ends ``high`` and ``own_high`` are such that blocks of BLOCK_N never overlap.
     """
@@ -81,11 +84,13 @@ def _key_ranges(i_first, i_last, history, BLOCK_N: tl.constexpr, CAUSAL: tl.cons
         low = low // BLOCK_N * BLOCK_N
         if CONTEXTUAL > 0:
             prefix_end = tl.minimum(tl.cdiv(CONTEXTUAL, BLOCK_N) * BLOCK_N, low)
-    else:
+    elif SPLIT:
         if CAUSAL:
             whole = tl.minimum(i_first + 1, history) // BLOCK_N * BLOCK_N
         else:
             whole = history // BLOCK_N * BLOCK_N
+        low = whole
+    else:
         low = whole
     own_low, own_high = 0, 0
     if TARGETS:
@@ -182,17 +187,20 @@ def _rows_task(
             g = q
             total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
+        # The backward step with a time table is long: compiled once, with the mask, not twice.
         whole, prefix_end, low, high, own_low, own_high = _key_ranges(
-            i_first, i_last, history, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW, FULL_ROWS
-        )
-        for start in range(0, whole, BLOCK_N):
-            total, d_time = _row_step(
-                total, d_time, q, g, inverse, head_k, head_v, KeyAge, i, i_first, start, first_key, n, history, q_age,
-                q_least, q_most, position, time, d_position, d_time_table, Thresholds, k_row, v_row, scale,
-                inverse_divisor, center, position_size, buckets_per_octave, last_bucket, False, BACKWARD, ORDERED,
-                BLOCK_T, A, V_WIDTH, BLOCK_A, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW,
-                FULL_ROWS, POSITION, TIME, ROW_DIVISOR, FAST, PRECISION, ALIGN,
-            )  # fmt: skip
+            i_first, i_last, history, not (BACKWARD and TIME == 1), BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW,
+            FULL_ROWS,
+        )  # fmt: skip
+        if not (BACKWARD and TIME == 1):
+            for start in range(0, whole, BLOCK_N):
+                total, d_time = _row_step(
+                    total, d_time, q, g, inverse, head_k, head_v, KeyAge, i, i_first, start, first_key, n, history,
+                    q_age, q_least, q_most, position, time, d_position, d_time_table, Thresholds, k_row, v_row, scale,
+                    inverse_divisor, center, position_size, buckets_per_octave, last_bucket, False, BACKWARD, ORDERED,
+                    BLOCK_T, A, V_WIDTH, BLOCK_A, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, TARGETS, CONTEXTUAL, WINDOW,
+                    FULL_ROWS, POSITION, TIME, ROW_DIVISOR, FAST, PRECISION, ALIGN,
+                )  # fmt: skip
         num_prefix = prefix_end // BLOCK_N
         num_middle = num_prefix + tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
         num_steps = num_middle + tl.cdiv(own_high - own_low, BLOCK_N)
@@ -277,7 +285,7 @@ def _row_step(
             k_next = tl.load(KeyAge + first_key + keys + 1, mask=keys + 1 < n, other=0)
             d_time = add_time_grad(
                 d_time, d_score, DTime, Thresholds, q_age[:, None], k_age[None, :], k_next[None, :], first, last,
-                buckets_per_octave, last_bucket, inverse_divisor, FEW_BUCKETS, ORDERED, BLOCK_T, BLOCK_N,
+                buckets_per_octave, last_bucket, inverse_divisor, FEW_SUMS, ORDERED, BLOCK_T, BLOCK_N,
             )  # fmt: skip
         elif TIME == 2:
             slots = tl.arange(0, BLOCK_T)

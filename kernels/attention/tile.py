@@ -14,6 +14,8 @@ FURTHEST = tl.constexpr(2**31 - 1)
 """Beyond every age in s."""
 FEW_BUCKETS = tl.constexpr(4)
 """Buckets crossed in a tile up to which each is compared on its own. A guess, not measured."""
+FEW_SUMS = tl.constexpr(2)
+"""The same for the gradient of the time table, where each costs a sum over the tile. A guess, not measured."""
 ESTIMATE_MARGIN = tl.constexpr(0.02)
 """In buckets: how far the float32 estimate of a bucket may be off; one comparison more than needed, never fewer."""
 
