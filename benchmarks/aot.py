@@ -1,11 +1,12 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reports what the compiler made of it.
 
-    python -m benchmarks.aot [op=attention] [archs=[90]] [cases=ml-*] [jobs=4] [out=FILE.json]     (or hstu-bench aot)
+    python -m benchmarks.aot [op=attention] [archs=[90]] [cases=ml-*] [sample=4] [jobs=4] [out=FILE.json]
 
-prints registers, spills, shared memory and matrix instructions per kernel, case and architecture, and exits 1 where
-they are not what :func:`findings` asks for. The cases are the ``aot_cases()`` of ``benchmarks/ops/<op>.py``: the
-launchers themselves run, on small CPU tensors of the real widths and dtypes; only the launch is left out, so what is
-compiled is what a GPU would get (same compile-time sizes, same alignment of arguments). Nothing is cached.
+(or ``hstu-bench aot``) prints registers, spills, shared memory and matrix instructions per kernel, case and
+architecture, and exits 1 where they are not what :func:`findings` asks for. The cases are the ``aot_cases()`` of
+``benchmarks/ops/<op>.py``: the launchers themselves run, on small CPU tensors of the real widths and dtypes; only the
+launch is left out, so what is compiled is what a GPU would get (same compile-time sizes, same alignment of arguments).
+Nothing is cached.
 """
 
 from __future__ import annotations
@@ -284,6 +285,19 @@ def _cases(op: str) -> dict[str, tuple[str, Callable[[], Any], Expect]]:
     return cases
 
 
+def deal(names: Sequence[str], archs: Sequence[int], sample: int) -> list[tuple[str, int]]:
+    """What is compiled for which architecture: everything, or ``sample`` cases of which each gets one in turn.
+
+    The first and the last case are in a sample of two or more; sm_90 comes first and most often.
+    """
+    if not sample or not names:
+        return [(name, arch) for name in names for arch in archs]
+    count = min(sample, len(names))
+    spread = [names[round(i * (len(names) - 1) / max(1, count - 1))] for i in range(count)]
+    order = sorted(archs, key=lambda arch: arch != 90)
+    return [(name, order[i % len(order)]) for i, name in enumerate(spread)]
+
+
 def run_all(config: AotConfig, show: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
     """Compiles what the config asks for, in several processes."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -302,7 +316,7 @@ def run_all(config: AotConfig, show: Callable[[Outcome], None] = lambda outcome:
             if not everything or error.name != f"benchmarks.ops.{op}":
                 raise
             continue
-        tasks += [(op, name, arch) for name in names for arch in config.archs]
+        tasks += [(op, name, arch) for name, arch in deal(names, config.archs, config.sample)]
     if not tasks:
         raise UserError(f"op={config.op} cases={config.cases}: no ahead-of-time case")
     jobs = config.jobs or len(os.sched_getaffinity(0))

@@ -123,6 +123,8 @@ class AotConfig:
     """Compute capabilities times ten: 80 (A100), 90 (H100, H200), 100 (B200)."""
     cases: str = "*"
     """Only cases whose name fits this pattern."""
+    sample: int = 0
+    """Only so many cases per op, spread over its list and dealt over the architectures; 0: every case for every one."""
     jobs: int | None = None
     """Processes; null: one per core."""
     out: str | None = None
@@ -131,6 +133,8 @@ class AotConfig:
     def __post_init__(self) -> None:
         for arch in self.archs:
             _one_of("archs", arch, (80, 90, 100))
+        if self.sample < 0:
+            raise UserError(f"sample={self.sample}: expected >= 0")
         if self.jobs is not None:
             _positive("jobs", self.jobs)
 
