@@ -187,6 +187,65 @@ def _rank_and_topk(g: torch.Generator, device: torch.device) -> list[Case]:
     ]
 
 
+def _jagged(g: torch.Generator, device: torch.device) -> list[Case]:
+    from kernels import jagged
+    from kernels.jagged import reference
+
+    a_offsets = torch.tensor([0, *LENGTHS]).cumsum(0).to(device)
+    b_offsets = torch.tensor([0, *reversed(LENGTHS)]).cumsum(0).to(device)
+    length, longest = sum(LENGTHS), max(LENGTHS)
+    a, b, table = (_draw(g, device, rows, 25) for rows in (length, length, longest + 2))
+    dense = _draw(g, device, len(LENGTHS), longest, 25)
+
+    def on(function: Callable[..., Tensor], *rest: object) -> Callable[..., Tensor]:
+        return lambda *tensors: function(*tensors, *rest)
+
+    return [
+        Case(
+            "interleave",
+            [a, b],
+            2,
+            lambda a, b: jagged.interleave(a, b, a_offsets)[0],
+            lambda a, b: reference.interleave_reference(a, b, a_offsets)[0],
+        ),
+        Case(
+            "concat",
+            [a, b],
+            2,
+            lambda a, b: jagged.concat_jagged(a, a_offsets, b, b_offsets)[0],
+            lambda a, b: reference.concat_jagged_reference(a, a_offsets, b, b_offsets)[0],
+        ),
+        Case(
+            "split",
+            [torch.cat((a, b))],
+            1,
+            lambda x: jagged.split_jagged(x, a_offsets, b_offsets, length)[1],
+            lambda x: reference.split_jagged_reference(x, a_offsets, b_offsets)[1],
+        ),
+        Case(
+            "to dense",
+            [a],
+            1,
+            on(jagged.jagged_to_dense, a_offsets, 20),
+            on(reference.jagged_to_dense_reference, a_offsets, 20),
+        ),
+        Case(
+            "to jagged",
+            [dense],
+            1,
+            on(jagged.dense_to_jagged, a_offsets, length),
+            on(reference.dense_to_jagged_reference, a_offsets),
+        ),
+        Case(
+            "positions and dropout 0.2",
+            [a, table],
+            2,
+            on(jagged.add_positions, a_offsets, 5.0, longest, 0.2, 7),
+            on(reference.add_positions_reference, a_offsets, 5.0, 0.2, 7),
+        ),
+    ]
+
+
 CASES: dict[str, Callable[[torch.Generator, torch.device], list[Case]]] = {
     "attention": _attention,
     "norm_linear_silu": _norm_linear_silu,
@@ -194,6 +253,7 @@ CASES: dict[str, Callable[[torch.Generator, torch.device], list[Case]]] = {
     "sampled_softmax": _sampled_softmax,
     "linear_cross_entropy": _linear_cross_entropy,
     "rank_and_topk": _rank_and_topk,
+    "jagged": _jagged,
 }
 """One entry per op of ``kernels._backend.OPS``."""
 

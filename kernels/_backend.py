@@ -23,6 +23,7 @@ OPS = (
     "sampled_softmax",
     "linear_cross_entropy",
     "rank_and_topk",
+    "jagged",
 )
 BACKENDS = ("auto", "triton", "torch")
 

@@ -1,4 +1,16 @@
-"""Dropout whose mask is a function of a seed: nothing is stored, the backward draws it again."""
+"""Dropout whose mask is a function of a seed: nothing is stored, the backward draws it again.
+
+Two streams of 16-bit draws, one per element; an element is dropped when its draw is below ``rate * 65536``:
+
+- ``philox``: Philox 4x32-10 (``kernels/_philox.py``), its default stream, the key being the seed. Rows (the last
+  dimension) are cut into *octets* of 8 elements, the last one padded; the counter is ``row * octets per row + octet``
+  and its 128 bits are the octet's 8 draws, low half of the first word first. The Triton kernels draw this stream
+  inside (``kernels/_dropout_kernel.py``); on every device but the CPU plain torch draws the same one here.
+- ``sfc64``: numpy's SFC64, faster on a CPU, where it is the default. A CPU run with ``kernels.backend=triton``
+  (the interpreter) draws ``philox``.
+
+So the mask is a function of (seed, shape, rate, stream), equal for every dtype.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels._backend import choose, get_backend
+from kernels._philox import MASK, philox_4x32
+
 LEVELS = 65_536
 """The rate is rounded to a multiple of 1/65536: one 16-bit draw per element."""
+OCTET = 8
+"""16-bit draws of one Philox call."""
+
+
+def dropped_levels(rate: float) -> int:
+    """Draws below this number drop their element; never all of them."""
+    return min(round(rate * LEVELS), LEVELS - 1)
+
+
+def kept_factor(rate: float) -> float:
+    """What kept elements are multiplied by: 1 / (1 - rate), for the rounded rate."""
+    return LEVELS / (LEVELS - dropped_levels(rate))
 
 
 def keep_scale(shape: torch.Size, rate: float, seed: int, like: Tensor) -> Tensor:
@@ -18,59 +45,80 @@ def keep_scale(shape: torch.Size, rate: float, seed: int, like: Tensor) -> Tenso
     Args:
         shape: of the mask.
         rate: in [0, 1).
-        seed: >= 0. The mask is a function of (shape, rate, seed, device type).
-        like: tensor whose dtype and device the mask takes.
+        seed: >= 0, below 2^64.
+        like: tensor whose dtype and device the mask takes; the device type also chooses the stream.
     """
-    dropped = round(rate * LEVELS)
-    factor = LEVELS / (LEVELS - dropped)
-    if like.device.type == "cpu":
-        return keep_mask(shape, rate, seed).to(like.dtype).mul_(factor)
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    draws_d = torch.randint(0, LEVELS, shape, device=like.device, dtype=torch.int32, generator=generator)
-    return (draws_d >= dropped).to(like.dtype) * factor
+    if like.device.type == "cpu" and get_backend() != "triton":
+        keep = keep_mask(shape, rate, seed)
+    else:
+        keep = philox_draws(shape, seed, like.device) >= dropped_levels(rate)
+    return keep.to(like.dtype).mul_(kept_factor(rate))
 
 
 def keep_mask(shape: torch.Size, rate: float, seed: int) -> Tensor:
-    """The CPU mask before scaling: uint8, 0 with probability ``rate`` (to 1/65536), else 1."""
-    dropped = round(rate * LEVELS)
+    """The ``sfc64`` mask before scaling: uint8 on the CPU, 0 with probability ``rate`` (to 1/65536), else 1."""
     draws = np.random.Generator(np.random.SFC64(seed)).integers(0, LEVELS, size=shape.numel(), dtype=np.uint16)
-    return torch.from_numpy((draws >= dropped).view(np.uint8)).view(shape)
+    return torch.from_numpy((draws >= dropped_levels(rate)).view(np.uint8)).view(shape)
+
+
+def philox_draws(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+    """The ``philox`` stream: int64 of ``shape``, each in 0 .. 65535."""
+    width = shape[-1] if shape else 1
+    if shape.numel() == 0:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+    num_rows, octets = shape.numel() // width, -(-width // OCTET)
+    index = torch.arange(num_rows * octets, dtype=torch.int64, device=device)
+    words = torch.stack(philox_4x32(index & MASK, index >> 32, seed), dim=1)  # [n, 4]
+    draws = torch.stack((words & (LEVELS - 1), words >> 16), dim=2)  # [n, 4, 2]
+    return draws.reshape(num_rows, octets * OCTET)[:, :width].reshape(shape)
 
 
 @torch.library.custom_op("hstu::seeded_dropout", mutates_args=())
-def _seeded_dropout(x: Tensor, rate: float, seed: int) -> Tensor:
+def _seeded_dropout(x: Tensor, rate: float, seed: int, triton: bool) -> Tensor:
+    if triton:
+        from kernels._dropout_kernel import seeded_dropout_fwd
+
+        return seeded_dropout_fwd(x, rate, seed)
     return x * keep_scale(x.shape, rate, seed, x)
 
 
 @_seeded_dropout.register_fake
-def _(x, rate, seed):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+def _(x, rate, seed, triton):  # type: ignore[no-untyped-def]
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if triton else torch.empty_like(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.rate, ctx.seed = inputs
+    _, ctx.rate, ctx.seed, ctx.triton = inputs
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return torch.ops.hstu.seeded_dropout(grad, ctx.rate, ctx.seed), None, None
+    return torch.ops.hstu.seeded_dropout(grad, ctx.rate, ctx.seed, ctx.triton), None, None, None
 
 
 _seeded_dropout.register_autograd(_backward, setup_context=_setup_context)
 
 
+def check_rate(rate: float) -> None:
+    """Raises ValueError unless rate is in [0, 1)."""
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"rate={rate}: expected in [0, 1)")
+
+
 def seeded_dropout(x: Tensor, rate: float, seed: int | None) -> Tensor:
     """``x`` with dropout from ``seed``; x itself when ``seed`` is None (evaluation) or rate is 0.
 
+    The backend is that of the ``jagged`` ops, which fuse the same mask into the input stage.
+
     Args:
         x: any shape, floating.
-        rate: in [0, 1).
+        rate: in [0, 1), rounded to a multiple of 1/65536.
         seed: >= 0 or None.
 
     Raises:
         ValueError: rate outside [0, 1).
     """
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"rate={rate}: expected in [0, 1)")
+    check_rate(rate)
     if seed is None or rate == 0.0:
         return x
-    return torch.ops.hstu.seeded_dropout(x, rate, seed)
+    triton = choose("jagged", x.device, x.dtype).backend == "triton"
+    return torch.ops.hstu.seeded_dropout(x, rate, seed, triton)

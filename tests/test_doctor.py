@@ -60,6 +60,7 @@ PUBLIC = {
     "sampled_softmax": ["sampled_softmax", "bank_softmax"],
     "linear_cross_entropy": ["linear_cross_entropy"],
     "rank_and_topk": ["rank", "topk"],
+    "jagged": ["interleave", "concat_jagged", "split_jagged", "jagged_to_dense", "dense_to_jagged", "add_positions"],
 }
 
 
@@ -187,7 +188,8 @@ def test_data_folder_that_is_not_there(
     assert f"1. HSTU_DATA_DIR={tmp_path / 'nowhere'} is no folder" in capsys.readouterr().out
 
 
-def test_explicit_backend_that_cannot_be_met_is_a_finding_per_op() -> None:
+def test_explicit_backend_that_cannot_be_met_is_a_finding_per_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     report = doctor.Report()
     doctor.check_ops(report, "triton", CPU)
     assert len(report.findings) == len(OPS)

@@ -15,8 +15,8 @@ from hstu.config import BiasConfig, HSTUConfig, ModelConfig
 from hstu.data.batches import Batch
 from hstu.model.layer import HSTULayer
 from hstu.seeding import derive
-from kernels._dropout import seeded_dropout
 from kernels.attention import AttentionPlan, Mask, PowerLaw, TimeBuckets, make_plan
+from kernels.jagged import add_positions
 
 
 class Encoder(nn.Module):
@@ -36,12 +36,6 @@ def layer_seed(seed: int | None, index: int) -> int | None:
     return None if seed is None else derive(seed, index)
 
 
-def positions_of(offsets: Tensor, num_events: int) -> Tensor:
-    """[L] int64: index of each event within its user's part of the batch, 0 for the oldest."""
-    start = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=num_events)
-    return torch.arange(num_events, device=offsets.device) - start
-
-
 class InputStage(nn.Module):
     """``Dropout(sqrt(D) E[item] + P[position])`` (PROTOCOL section 3); P is [N, D]."""
 
@@ -51,9 +45,8 @@ class InputStage(nn.Module):
         self.dropout = dropout
 
     def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
-        position = positions_of(plan.offsets, events.shape[0])
-        rows = torch.nn.functional.embedding(position, self.position)
-        return seeded_dropout(torch.add(rows, events, alpha=math.sqrt(events.shape[1])), self.dropout, seed)
+        scale = math.sqrt(events.shape[1])
+        return add_positions(events, self.position, plan.offsets, scale, plan.max_len, self.dropout, seed)
 
 
 class HSTUEncoder(Encoder):

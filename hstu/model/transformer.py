@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import TransformerConfig
-from hstu.model.encoder import Encoder, layer_seed, positions_of
+from hstu.model.encoder import Encoder, layer_seed
 from hstu.model.softmax_attention import causal_softmax_attention
 from kernels._dropout import seeded_dropout
 from kernels.attention import AttentionPlan
+from kernels.jagged import positions_of
 
 INIT_STD = 0.02
 """Of all projections; those into the residual stream are divided by sqrt(2 num_blocks) (GPT-2)."""

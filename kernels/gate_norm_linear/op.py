@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from kernels._backend import choose
-from kernels._dropout import keep_scale
+from kernels._common import no_autocast
+from kernels._projection import check_norm, product_dtype
+from kernels.gate_norm_linear.cpu import gate_norm_linear_torch, gate_norm_linear_torch_backward
 
 
 def gate_norm_linear(
     av: Tensor, u: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
-    eps: float = 1e-6, dropout: float = 0.0, seed: int | None = None,
+    eps: float = 1e-6, dropout: float = 0.0, seed: int | None = None, norm: str = "layer",
 ) -> Tensor:  # fmt: skip
-    """``Dropout(u * LayerNorm(av)) W + bias + residual``; the backward recomputes norm, gate and mask.
+    """``Dropout(u * norm(av)) W + bias + residual``; the backward recomputes norm, gate and mask.
+
+    Norm and gate run in float32. The product runs in av's dtype, or autocast's where it is on, W being cast to it;
+    bias and residual are added in float32 on Triton.
 
     Args:
         av: [L, W] floating. Attention output, all heads side by side; normed over W together.
@@ -28,12 +33,13 @@ def gate_norm_linear(
         eps: > 0, added to the variance (published: 1e-6). The norm has no affine part.
         dropout: rate in [0, 1).
         seed: >= 0. The mask is a function of it; None: no dropout (evaluation).
+        norm: ``layer`` (LayerNorm, published) or ``rms`` (RMSNorm: no mean subtracted).
 
     Returns:
         [L, D] in residual's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the rate do not fit.
+        ValueError: shapes, dtypes, devices, the norm or the rate do not fit.
 
     Source: Zhai et al. 2024, equation 3.
     """
@@ -47,67 +53,66 @@ def gate_norm_linear(
         raise ValueError(f"residual: expected {[av.shape[0], weight.shape[1]]}, got {list(residual.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout}: expected in [0, 1)")
-    if len({t.device for t in (av, u, weight, bias, residual)}) > 1:
+    check_norm(norm, eps)
+    tensors = {"av": av, "u": u, "weight": weight, "bias": bias, "residual": residual}
+    if len({t.device for t in tensors.values()}) > 1:
         raise ValueError("av, u, weight, bias, residual: expected one device")
-    choose("gate_norm_linear", av.device)  # an explicit backend that cannot be met raises
+    for name, t in tensors.items():
+        if not t.is_floating_point():
+            raise ValueError(f"{name} has dtype {t.dtype}: expected a floating dtype")
+    triton = choose("gate_norm_linear", av.device, av.dtype).backend == "triton"
     rate = dropout if seed is not None else 0.0
-    return torch.ops.hstu.gate_norm_linear(av, u, weight, bias, residual, eps, rate, seed or 0)
-
-
-def _gated(normed: Tensor, u: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    mask = keep_scale(normed.shape, rate, seed, normed) if rate > 0 else None
-    gated = normed * u
-    return (gated.mul_(mask) if mask is not None else gated), mask
+    return torch.ops.hstu.gate_norm_linear(
+        av, u, weight, bias, residual, eps, norm == "rms", rate, seed or 0, product_dtype(av), triton
+    )
 
 
 @torch.library.custom_op("hstu::gate_norm_linear", mutates_args=())
-def _gate_norm_linear(av: Tensor, u: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
-                      eps: float, rate: float, seed: int) -> Tensor:  # fmt: skip
-    normed = torch.nn.functional.layer_norm(av, av.shape[1:], eps=eps)
-    gated, _ = _gated(normed, u, rate, seed)
-    out = torch.addmm(bias.to(gated.dtype), gated, weight.to(gated.dtype))
-    return residual + out.to(residual.dtype)
+def _gate_norm_linear(
+    av: Tensor, u: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, triton: bool,
+) -> Tensor:  # fmt: skip
+    with no_autocast(av.device):
+        if triton:
+            from kernels.gate_norm_linear.kernel import gate_norm_linear_fwd
+
+            return gate_norm_linear_fwd(av, u, weight, bias, residual, eps, rms, rate, seed, dtype)
+        return gate_norm_linear_torch(av, u, weight, bias, residual, eps, rms, rate, seed, dtype)
 
 
 @_gate_norm_linear.register_fake
-def _(av, u, weight, bias, residual, eps, rate, seed):  # type: ignore[no-untyped-def]
-    return torch.empty_like(residual)
+def _(av, u, weight, bias, residual, eps, rms, rate, seed, dtype, triton):  # type: ignore[no-untyped-def]
+    return residual.new_empty(residual.shape)
 
 
 @torch.library.custom_op("hstu::gate_norm_linear_backward", mutates_args=())
 def _gate_norm_linear_backward(
-    grad: Tensor, av: Tensor, u: Tensor, weight: Tensor, eps: float, rate: float, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, mean, rstd = torch.native_layer_norm(av, av.shape[1:], None, None, eps)
-    gated, mask = _gated(normed, u, rate, seed)
-    g = grad.to(gated.dtype)
-    d_weight, d_bias = (gated.mT @ g).to(weight.dtype), g.sum(0)
-    d_gated = g @ weight.to(g.dtype).mT
-    if mask is not None:
-        d_gated.mul_(mask)
-    d_u = d_gated * normed
-    d_av = torch.ops.aten.native_layer_norm_backward(
-        d_gated.mul_(u), av, av.shape[1:], mean, rstd, None, None, [True, False, False]
-    )[0]
-    return d_av, d_u, d_weight, d_bias
+    grad: Tensor, av: Tensor, u: Tensor, weight: Tensor,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with no_autocast(av.device):
+        if triton:
+            from kernels.gate_norm_linear.kernel import gate_norm_linear_bwd
+
+            return gate_norm_linear_bwd(grad, av, u, weight, eps, rms, rate, seed, dtype)
+        return gate_norm_linear_torch_backward(grad, av, u, weight, eps, rms, rate, seed, dtype)
 
 
 @_gate_norm_linear_backward.register_fake
-def _(grad, av, u, weight, eps, rate, seed):  # type: ignore[no-untyped-def]
-    return torch.empty_like(av), av.new_empty(u.shape), torch.empty_like(weight), av.new_empty(weight.shape[1])
+def _(grad, av, u, weight, eps, rms, rate, seed, dtype, triton):  # type: ignore[no-untyped-def]
+    d_weight, d_bias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[1])
+    return av.new_empty(av.shape), u.new_empty(u.shape), d_weight, d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    av, u, weight, bias, _, ctx.eps, ctx.rate, ctx.seed = inputs
+    av, u, weight, bias, _, *ctx.rest = inputs
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(av, u, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    d_av, d_u, d_weight, d_bias = torch.ops.hstu.gate_norm_linear_backward(
-        grad, *ctx.saved_tensors, ctx.eps, ctx.rate, ctx.seed
-    )
-    return d_av, d_u, d_weight, d_bias.to(ctx.bias_dtype), grad, None, None, None
+    d_av, d_u, d_weight, d_bias = torch.ops.hstu.gate_norm_linear_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return d_av, d_u, d_weight, d_bias.to(ctx.bias_dtype), grad, *[None] * 6
 
 
 _gate_norm_linear.register_autograd(_backward, setup_context=_setup_context)

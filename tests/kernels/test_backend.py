@@ -32,14 +32,17 @@ def test_explicit_torch():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_explicit_triton_raises_on_cpu(op):
+def test_explicit_triton_raises_on_cpu(op, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     set_backend("triton")
     with pytest.raises(ValueError, match=f"kernels.backend=triton: op {op}: .*use kernels.backend=auto or torch"):
         choose(op, CPU)
 
 
-def test_explicit_triton_reaches_the_op():
+def test_explicit_triton_reaches_the_op(monkeypatch):
     from kernels.sampled_softmax import sampled_softmax
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     set_backend("triton")
     with pytest.raises(ValueError, match="kernels.backend=triton"):

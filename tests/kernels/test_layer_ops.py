@@ -82,10 +82,12 @@ def test_gradcheck():
 
 def test_opcheck_and_compile():
     x, w = randn(4, 3).requires_grad_(), randn(3, 5).requires_grad_()
-    torch.library.opcheck(torch.ops.hstu.norm_linear_silu.default, (x, w, 1e-6))
+    torch.library.opcheck(torch.ops.hstu.norm_linear_silu.default, (x, w, 1e-6, False, 0, 5, torch.float32, False))
     inputs = {n: t.requires_grad_() for n, t in gate_inputs(4, 3, 2).items()}
-    torch.library.opcheck(torch.ops.hstu.gate_norm_linear.default, (*inputs.values(), 1e-6, 0.4, 3))
-    torch.library.opcheck(torch.ops.hstu.seeded_dropout.default, (x, 0.5, 7))
+    torch.library.opcheck(
+        torch.ops.hstu.gate_norm_linear.default, (*inputs.values(), 1e-6, False, 0.4, 3, torch.float32, False)
+    )
+    torch.library.opcheck(torch.ops.hstu.seeded_dropout.default, (x, 0.5, 7, False))
     layer = torch.compile(
         lambda **t: gate_norm_linear(**t, dropout=0.4, seed=3), fullgraph=True, backend="aot_eager"
     )  # fmt: skip
