@@ -22,6 +22,7 @@ SIZES = ["num_items", "length", "per_split"]
 """Differ from call to call: one binary for all, and a size of 1 is no constant."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+OWN_COLUMNS = tl.constexpr(32)
 SMALLEST = tl.constexpr(1e-37)
 """Keeps its inverse within float32."""
 
@@ -63,13 +64,20 @@ def _softmax_blocks_fwd_kernel(
     inside = rows < length
     label = tl.load(labels + rows, mask=inside, other=0).to(tl.int64)
     label32 = label.to(tl.int32)
-    q = read_rows(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
-    wide_q = q.to(tl.float32)
-    own_row = read_rows(table, label, inside, D, STRIDE_E, BLOCK_D, DTYPE).to(tl.float32)
-    own_logit = tl.sum(wide_q * own_row, axis=1)
+    # The label's product, a few columns at a time: two whole tiles in float32 would not fit into registers.
+    own_logit = tl.zeros([BLOCK_L], tl.float32)
+    squares = tl.zeros([BLOCK_L], tl.float32)
+    for start in range(0, D, OWN_COLUMNS):
+        d = start + tl.arange(0, OWN_COLUMNS)
+        mask = inside[:, None] & (d < D)[None, :]
+        q_part = tl.load(queries + rows[:, None] * STRIDE_Q + d[None, :], mask=mask, other=0.0)
+        own_part = tl.load(table + label[:, None] * STRIDE_E + d[None, :], mask=mask, other=0.0)
+        q_part, own_part = q_part.to(DTYPE).to(tl.float32), own_part.to(DTYPE).to(tl.float32)
+        own_logit += tl.sum(q_part * own_part, axis=1)
+        squares += tl.sum(q_part * q_part, axis=1)
     row_scale = tl.zeros([BLOCK_L], tl.float32) + scale
     if NORMALIZE:
-        norm = tl.sqrt(tl.sum(wide_q * wide_q, axis=1))
+        norm = tl.sqrt(squares)
         inverse_q = 1.0 / tl.maximum(norm, eps)
         row_scale *= inverse_q
         own_logit *= inverses(inverse_e, label, inside, True)[0]
@@ -79,6 +87,7 @@ def _softmax_blocks_fwd_kernel(
         own_logit -= tl.load(label_log_q + rows, mask=inside, other=0.0).to(tl.float32)
     own_logit *= LOG2_E
     row_scale *= LOG2_E
+    q = read_rows(queries, rows, inside, D, STRIDE_Q, BLOCK_D, DTYPE)
     # Start at the label's logit, which always counts: no infinities to take differences of.
     top = own_logit
     total = tl.zeros([BLOCK_L], tl.float32)

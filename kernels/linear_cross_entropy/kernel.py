@@ -38,23 +38,24 @@ IEEE_CHUNK = 16
 """Columns a product of float32 takes at a time: it holds its operands in registers."""
 Blocks = tuple[int, int, int, int]
 """Outer and inner block, warps, pipeline stages."""
-# By widest row in units of two bytes; 0: float32 products without matrix units. Compiled for sm_90: no spills.
-FWD_BLOCKS: dict[int, tuple[Blocks, ...]] = {
-    0: ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+Table = dict[int, tuple[Blocks, ...]]
+"""By the widest row they are for, in units of two bytes. Compiled for sm_80, sm_90 and sm_100 without spills."""
+FWD_BLOCKS: Table = {
     64: ((128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)),
     128: ((128, 64, 8, 3), (64, 64, 8, 3), (64, 128, 8, 2)),
-    256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)),
+    256: ((128, 32, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
     512: ((64, 32, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2)),
     1024: ((32, 16, 8, 2), (16, 16, 8, 2)),
 }
-GRAD_BLOCKS: dict[int, tuple[Blocks, ...]] = {
-    0: ((32, 32, 8, 1), (64, 32, 8, 1)),
-    64: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
+GRAD_BLOCKS: Table = {
+    64: ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
     128: ((64, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)),
-    256: ((64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 3)),
+    256: ((64, 32, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2)),
     512: ((64, 32, 8, 2), (32, 32, 8, 2)),
     1024: ((16, 16, 8, 2), (32, 16, 8, 1)),
 }
+FWD_BLOCKS_IEEE: Table = {512: ((64, 64, 8, 1), (64, 32, 8, 1)), 1024: ((64, 32, 8, 1), (32, 32, 8, 1))}
+GRAD_BLOCKS_IEEE: Table = {512: ((64, 32, 8, 1), (32, 32, 8, 1)), 1024: ((32, 32, 8, 1),), 2048: ((16, 16, 8, 1),)}
 
 
 @dataclass(frozen=True)
@@ -125,19 +126,25 @@ def problem(queries: Tensor, table: Tensor, labels: Tensor, ids: Tensor | None, 
     )
 
 
-def configs(blocks: dict[int, tuple[Blocks, ...]], width: int, dtype: torch.dtype) -> list[Config]:
-    """Block sizes of the outer dimension, whose sums stay in registers, and of the inner one."""
+def fwd_configs(width: int, dtype: torch.dtype) -> list[Config]:
+    """Blocks of positions (outer) and items (inner) of the forward."""
+    return _configs(width, dtype, FWD_BLOCKS, FWD_BLOCKS_IEEE)
+
+
+def grad_configs(width: int, dtype: torch.dtype) -> list[Config]:
+    """Blocks of the gradients: the outer dimension's sums [outer, D] stay in registers."""
+    return _configs(width, dtype, GRAD_BLOCKS, GRAD_BLOCKS_IEEE)
+
+
+def _configs(width: int, dtype: torch.dtype, matrix: Table, ieee: Table) -> list[Config]:
     block_d = power_of_two(width)
     slow = dtype == torch.float32 and dot_precision() == "ieee"
+    chunk = IEEE_CHUNK if slow else 0
     if interpreting():
-        return [config(OUTER=16, INNER=16, BLOCK_D=block_d, CHUNK=16 if slow else 0)]
-    # Twice the bytes an element are as twice the width.
-    key = 0 if slow else block_d * dtype.itemsize // 2
-    choices = blocks[min((k for k in blocks if k >= key), default=max(blocks))]
-    return [
-        config(w, s, OUTER=outer, INNER=inner, BLOCK_D=block_d, CHUNK=IEEE_CHUNK if slow else 0)
-        for outer, inner, w, s in choices
-    ]
+        return [config(OUTER=16, INNER=16, BLOCK_D=block_d, CHUNK=chunk)]
+    blocks, size = ieee if slow else matrix, block_d * dtype.itemsize // 2
+    choices = blocks[min((widest for widest in blocks if widest >= size), default=max(blocks))]
+    return [config(w, s, OUTER=outer, INNER=inner, BLOCK_D=block_d, CHUNK=chunk) for outer, inner, w, s in choices]
 
 
 def _splits(num_outer: int, num_inner: int, c: Config, device: torch.device) -> tuple[int, int]:
@@ -175,7 +182,7 @@ def softmax_blocks_fwd(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 parts, own, loss, lse, length, SPLITS=splits, BLOCK_L=rows
             )
 
-    select("softmax_blocks_fwd", p.key(), configs(FWD_BLOCKS, p.queries.shape[1], p.dtype), launch)
+    select("softmax_blocks_fwd", p.key(), fwd_configs(p.queries.shape[1], p.dtype), launch)
     return loss, lse, inverse_q, inverse_e
 
 
@@ -229,7 +236,7 @@ def _d_queries(p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: T
         )  # fmt: skip
         return parts
 
-    parts = select("softmax_blocks_dq", p.key(), configs(GRAD_BLOCKS, width, p.dtype), launch)
+    parts = select("softmax_blocks_dq", p.key(), grad_configs(width, p.dtype), launch)
     d_queries = torch.empty(length, width, dtype=dtype, device=p.queries.device)
     block_d = power_of_two(width)
     rows = _finish_rows(block_d)
@@ -261,7 +268,7 @@ def _d_table(p: Problem, grad: Tensor, loss: Tensor, lse: Tensor, inverse_q: Ten
         )  # fmt: skip
         return parts
 
-    parts = select("softmax_blocks_de", p.key(), configs(GRAD_BLOCKS, width, p.dtype), launch)
+    parts = select("softmax_blocks_de", p.key(), grad_configs(width, p.dtype), launch)
     if p.ids is None:  # where size and dtype fit, the sums become the gradient in place
         fits = parts.shape[0] == 1 and dtype == torch.float32
         out = parts[0] if fits else torch.empty(p.num_items, width, dtype=dtype, device=p.queries.device)

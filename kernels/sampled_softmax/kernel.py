@@ -176,14 +176,14 @@ def _mark_kernel(
         tl.store(marks + ids.to(tl.int64), tl.full([BLOCK_R], 1, tl.int32), mask=ids > 0)
 
 
-def configs(width: int, num_negatives: int, elements: int) -> list[Config]:
+def configs(width: int, num_negatives: int, elements: int, warps: tuple[int, ...] = (4, 8)) -> list[Config]:
     """Rows of a gathered tile and warps; a tile has at most ``elements`` elements unless the width alone exceeds it."""
     block_d = power_of_two(width)
     most = power_of_two(num_negatives)
     if interpreting():
         return [config(BLOCK_R=min(16, most), BLOCK_D=block_d)]
     rows = [min(most, max(16, size // block_d)) for size in (elements, elements // 2, elements * 2)]
-    return [config(num_warps=w, num_stages=1, BLOCK_R=r, BLOCK_D=block_d) for r in dict.fromkeys(rows) for w in (4, 8)]
+    return [config(num_warps=w, num_stages=1, BLOCK_R=r, BLOCK_D=block_d) for r in dict.fromkeys(rows) for w in warps]
 
 
 class Draws:
@@ -250,7 +250,9 @@ def sampled_softmax_bwd(
         return sums
 
     key = (width, draws.count, table.dtype, draws.negatives is None, fixed)
-    sums = select("sampled_softmax_bwd", key, configs(width, draws.count, BWD_ELEMENTS), launch)
+    # Rows whose sums are not aligned to 16 bytes take more addresses, integers twice the registers.
+    elements, warps = BWD_ELEMENTS // 2 if width % 4 else BWD_ELEMENTS, (8, 4) if fixed else (4, 8)
+    sums = select("sampled_softmax_bwd", key, configs(width, draws.count, elements, warps), launch)
     return d_queries, sums, quantum
 
 
