@@ -117,10 +117,12 @@ def _gate_norm_linear(g: torch.Generator, device: torch.device) -> list[Case]:
 
 def _sampled_softmax(g: torch.Generator, device: torch.device) -> list[Case]:
     from kernels.sampled_softmax import bank_softmax, sampled_softmax
+    from kernels.sampled_softmax.cpu import draw_negatives
     from kernels.sampled_softmax.reference import bank_softmax_reference, sampled_softmax_reference
 
     queries, table = _draw(g, device, 19, 25), _draw(g, device, NUM_ITEMS + 1, 25)
     labels, negatives, bank = _ids(g, device, 19), _ids(g, device, 19, 11), _ids(g, device, 23)
+    drawn = draw_negatives(19, 11, NUM_ITEMS, SEED, device)
     return [
         Case(
             "own negatives",
@@ -128,6 +130,13 @@ def _sampled_softmax(g: torch.Generator, device: torch.device) -> list[Case]:
             2,
             lambda q, e: sampled_softmax(q, e, labels, negatives),
             lambda q, e: sampled_softmax_reference(q, e, labels, negatives),
+        ),
+        Case(
+            "drawn negatives",
+            [queries, table],
+            2,
+            lambda q, e: sampled_softmax(q, e, labels, num_negatives=11, seed=SEED),
+            lambda q, e: sampled_softmax_reference(q, e, labels, drawn),
         ),
         Case(
             "shared bank",

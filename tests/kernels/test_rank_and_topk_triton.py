@@ -34,7 +34,7 @@ def triton_backend(auto_backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("users, num_items, dim, k", [(1, 1, 8, 1), (11, 31, 3, 7), (17, 67, 25, 9)])
 def test_matches_reference_with_ties(users, num_items, dim, k, dtype, chunk_mib):
-    users = min(users, 5) if chunk_mib < 1 else users
+    users = min(users, 2) if chunk_mib < 1 else users  # the interpreter is slow
     x, targets = make(users, num_items, dim, integer=True)  # sums of small integers: exact, many ties
     x["queries"], x["table"] = x["queries"].to(dtype), x["table"].to(dtype)
     x["seen_ids"], x["seen_offsets"] = x["seen_ids"].int(), x["seen_offsets"].int()
@@ -69,7 +69,7 @@ def test_equal_rows_tie_exactly(dtype):
 
 def test_more_than_a_block_of_items_is_kept():
     table = torch.linspace(0, 1, 71)[torch.randperm(71, generator=torch.Generator().manual_seed(0))][:, None]
-    for k in (1, 8, 9, 50, 80):  # blocks of 16 items: part of a block, whole blocks, more than there are
+    for k in (1, 8, 9, 80):  # blocks of 16 items: part of a block, whole blocks, more than there are
         scores, ids = topk(ONE, table, k, l2_normalize=False, chunk_mib=ONE_ROW_MIB)
         best = table[1:, 0].sort(descending=True)
         n = min(k, 70)

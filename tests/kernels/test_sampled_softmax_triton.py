@@ -24,10 +24,10 @@ def triton_backend(auto_backend):
 
 
 CASES = [
-    pytest.param(17, 19, 10, 7, id="L17-V19-D10-R7"),
+    pytest.param(11, 19, 10, 7, id="L11-V19-D10-R7"),
     pytest.param(1, 3, 8, 1, id="one-position"),
-    pytest.param(13, 61, 25, 17, id="one-past-the-block-D25"),
-    pytest.param(11, 5, 50, 32, id="many-collisions-D50"),
+    pytest.param(7, 61, 25, 17, id="one-past-the-block-D25"),
+    pytest.param(7, 5, 50, 32, id="many-collisions-D50"),
     pytest.param(5, 3_001, 100, 16, id="large-table-D100"),
     pytest.param(5, 1, 16, 5, id="one-item"),
 ]
@@ -44,35 +44,34 @@ def test_matches_reference(length, num_items, dim, negatives, dtype):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomics"])
 def test_options_match_reference(normalize, deterministic):
-    x = make(19, 40, 12, 9)
+    x = make(11, 40, 12, 9)
     x["table"][5] *= 1e-3  # below eps
     x["queries"][3] *= 1e-3
     g = torch.Generator().manual_seed(9)
-    offsets = {"log_q": torch.randn(41, generator=g), "label_log_q": torch.randn(19, generator=g)}
+    offsets = {"log_q": torch.randn(41, generator=g), "label_log_q": torch.randn(11, generator=g)}
     kwargs = {"temperature": 0.7, "l2_normalize": normalize, "eps": 0.5, **offsets}
     reference = lambda **i: sampled_softmax_reference(**i, **kwargs)  # noqa: E731
     compare(lambda **i: sampled_softmax(**i, **kwargs, deterministic=deterministic), reference, x)
 
 
 def test_strided_views_and_int32_ids():
-    x = make(17, 23, 24, 11, ids=torch.int32)
+    x = make(9, 23, 24, 11, ids=torch.int32)
     g = torch.Generator().manual_seed(5)
-    x["queries"] = torch.randn(17, 72, generator=g)[:, 24:48]
+    x["queries"] = torch.randn(9, 72, generator=g)[:, 24:48]
     x["table"] = torch.randn(24, 40, generator=g)[:, 8:32]
     x["negatives"] = x["negatives"].T.contiguous().T
     x["labels"] = x["labels"].repeat_interleave(2)[::2]
     compare(sampled_softmax, sampled_softmax_reference, x)
-    x["queries"] = torch.randn(17, 48, generator=g)[:, ::2]
+    x["queries"] = torch.randn(9, 48, generator=g)[:, ::2]
     x["table"] = torch.randn(24, 24, generator=g).T
     compare(sampled_softmax, sampled_softmax_reference, x)
 
 
-@pytest.mark.parametrize("num_negatives", [1, 6, 16, 37])
-@pytest.mark.parametrize("seed", [0, 1, 2**62 + 12_345])
+@pytest.mark.parametrize("num_negatives, seed", [(1, 0), (6, 1), (16, 2**62 + 12_345), (37, 2**62 + 12_345)])
 def test_the_kernel_draws_what_torch_draws(num_negatives, seed):
-    x = make(9, 30, 8, 1)
-    negatives = draw_negatives(9, num_negatives, 30, seed, CPU)
-    assert torch.equal(negatives, uniform_ids(9, num_negatives, 30, seed, CPU))
+    x = make(5, 30, 8, 1)
+    negatives = draw_negatives(5, num_negatives, 30, seed, CPU)
+    assert torch.equal(negatives, uniform_ids(5, num_negatives, 30, seed, CPU))
     given = sampled_softmax(x["queries"], x["table"], x["labels"], negatives)
     drawn = sampled_softmax(x["queries"], x["table"], x["labels"], num_negatives=num_negatives, seed=seed)
     assert torch.equal(given, drawn)
@@ -131,10 +130,10 @@ def gradients(loss, x):
 
 def test_deterministic_sums_have_no_room_for_overflow():
     """All positions push one item the same way, the largest sum there can be, at gradients of all scales."""
-    x = make(9, 2, 4, 3)
+    x = make(5, 2, 4, 3)
     x["labels"][:] = 1
     x["negatives"][:] = 2
-    for scale in (1e-30, 1.0, 1e30):
+    for scale in (1e-30, 1e30):
         loss = lambda q, e, d: (sampled_softmax(q, e, x["labels"], x["negatives"], deterministic=d) * scale).sum()  # noqa: E731, B023
         fixed = gradients(lambda q, e: loss(q, e, True), x)[1]  # noqa: B023
         torch.testing.assert_close(fixed, gradients(lambda q, e: loss(q, e, False), x)[1], rtol=1e-4, atol=1e-5 * scale)  # noqa: B023
@@ -145,7 +144,7 @@ def test_deterministic_sums_have_no_room_for_overflow():
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomics"])
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "given"])
 def test_sparse_gradient_is_the_dense_one(deterministic, drawn):
-    x = make(9, 400, 12, 6)
+    x = make(5, 400, 12, 6)
     kwargs = {"num_negatives": 6, "seed": 3} if drawn else {"negatives": x["negatives"]}
 
     def loss(q, e, sparse):
@@ -155,7 +154,7 @@ def test_sparse_gradient_is_the_dense_one(deterministic, drawn):
     sparse = gradients(lambda q, e: loss(q, e, True), x)
     assert torch.equal(sparse[0], dense[0])
     assert sparse[1].is_sparse and sparse[1].is_coalesced() and sparse[1].shape == dense[1].shape
-    assert 9 < sparse[1].indices().shape[1] <= 63 and (sparse[1].indices().diff() > 0).all()
+    assert 5 < sparse[1].indices().shape[1] <= 35 and (sparse[1].indices().diff() > 0).all()
     assert torch.equal(sparse[1].to_dense(), dense[1])
     sparse[1].coalesce()
 
@@ -210,16 +209,16 @@ def test_mixed_dtypes():
 
 
 def test_opcheck():
-    x = make(5, 7, 16, 4)
+    x = make(2, 7, 16, 4)
     q, e = x["queries"].requires_grad_(), x["table"].requires_grad_()
     options = (4, 3, 20.0, True, 1e-6, torch.float32, False, False)
     for negatives in (x["negatives"], None):
-        arguments = (q, e, x["labels"], negatives, torch.randn(8), torch.randn(5), *options)
+        arguments = (q, e, x["labels"], negatives, torch.randn(8), torch.randn(2), *options)
         torch.library.opcheck(torch.ops.hstu.sampled_softmax_triton.default, arguments)
 
 
 def test_compile_fullgraph():
-    x = make(7, 30, 10, 6)
+    x = make(3, 30, 10, 6)
     bank = torch.tensor([3, 4, 4, 9])
 
     def loss(q, e):
