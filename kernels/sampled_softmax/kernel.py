@@ -235,7 +235,8 @@ def sampled_softmax_bwd(
     queries, table, labels = last_contiguous(queries), last_contiguous(table), labels.contiguous()
     length, width = queries.shape
     d_queries = torch.empty(length, width, dtype=queries.dtype, device=queries.device)
-    quantum = quantum_of(grad, queries, scale, normalize) if fixed and length else None
+    fixed = fixed and length > 0
+    quantum = quantum_of(grad, queries, scale, normalize) if fixed else None
     rows = table.shape[0] if slots is None else num_slots
     dtype = torch.int64 if fixed else torch.float32
 
