@@ -27,10 +27,10 @@ class Products(NamedTuple):
     as in the forward and the two gradient products are torch.mm."""
 
 
-MAX_FUSED_WIDTH = 256
-"""Widest row block that norm_linear_silu holds as a product's operand (64 KiB for 128 rows of 16 bits)."""
-ONE_KERNEL_WIDTHS = {"norm_linear_silu": (64, 256), "gate_norm_linear": (128, 128)}
-"""Largest (D, O) whose weight gradient stays in the registers of one program: 64 KiB of float32."""
+MAX_HELD_BYTES = 512
+"""Widest row that is held as a product's operand: 256 values of 16 bits, 128 of TF32 (64 KiB for 128 rows)."""
+ONE_KERNEL_WIDTHS = {"norm_linear_silu": (64, 256), "gate_norm_linear": (64, 64)}
+"""Largest (D, O) whose weight gradient stays in the registers of one program (128 by 128 gates spilled)."""
 ONE_KERNEL_FLOAT32_OUT = 128
 """Largest O of norm_linear_silu in float32 (TF32) before sm_90, which has less shared memory than the weight takes."""
 
@@ -53,7 +53,7 @@ def products(op: str, width: int, out_width: int, dtype: torch.dtype, arch: int 
     one = width <= max_width and out_width <= max_out
     if op == "gate_norm_linear":
         return Products("fused", "one" if one else "blas")
-    forward = "fused" if width <= MAX_FUSED_WIDTH else "split"
+    forward = "fused" if width * dtype.itemsize <= MAX_HELD_BYTES else "split"
     return Products(forward, "one" if one else forward)
 
 

@@ -90,5 +90,8 @@ def aot_cases() -> list[AotCase]:
         ("large bfloat16 of float32", partial(_launch, 512, 512, half, full, 0.0), wide),
         ("ml-1m float32", partial(_launch, 50, 50, full, full, 0.2)),
         ("ml-1m tf32", with_tf32(partial(_launch, 50, 50, full, full, 0.2))),
+        ("ml-20m tf32", with_tf32(partial(_launch, 256, 256, full, full, 0.2))),
+        ("d-100 tf32", with_tf32(partial(_launch, 100, 100, full, full, 0.2))),
+        ("d-100 bfloat16", partial(_launch, 100, 100, half, half, 0.2), fused),
         ("large float32", partial(_launch, 512, 512, full, full, 0.2)),
     ]

@@ -25,10 +25,16 @@ from kernels._norm_kernel import (
     sum_partials,
     target_arch,
 )
-from kernels._projection import Products, columns_per_program, kernel_weight, mm_to, products, unit_stride
+from kernels._projection import (
+    MAX_HELD_BYTES,
+    Products,
+    columns_per_program,
+    kernel_weight,
+    mm_to,
+    products,
+    unit_stride,
+)
 
-MAX_ONE_CHUNK = 256
-"""Widest row block that is normed once and kept as the product's operand."""
 PROGRAMS_PER_SM = 2
 """The columns are split over programs until each multiprocessor has about this many."""
 
@@ -201,25 +207,25 @@ def _gate_kernel(
         tl.store(d_av_ptr + packed, d_av.to(d_av_ptr.dtype.element_ty), mask=valid)
 
 
-def fwd_configs(width: int, out_width: int) -> list[Config]:
-    """Tiles of the fused forward."""
-    block_k, block_n = power_of_two(width), power_of_two(out_width)
+CHUNK_BYTES = 128
+"""Of a row in one step of the wide product: what the matrix unit's shared memory layout spans."""
+
+
+def fwd_configs(width: int, out_width: int, dtype: torch.dtype) -> list[Config]:
+    """Tiles of the forward; BLOCK_K below the width asks for the wide kernel."""
+    block_k, block_n = power_of_two(width), min(64, power_of_two(out_width))
     if interpreting():
         return [config(BLOCK_L=32, BLOCK_K=block_k if width <= 128 else 64, BLOCK_N=64)]
     if block_k <= 64:
-        return [
-            config(4, 2, BLOCK_L=64, BLOCK_K=block_k, BLOCK_N=min(block_n, 64)),
-            config(4, 2, BLOCK_L=128, BLOCK_K=block_k, BLOCK_N=min(block_n, 64)),
-        ]
-    if block_k <= MAX_ONE_CHUNK:
-        return [
-            config(8, 2, BLOCK_L=128, BLOCK_K=block_k, BLOCK_N=64),
-            config(4, 2, BLOCK_L=64, BLOCK_K=block_k, BLOCK_N=64),
-        ]
+        return [config(4, 2, BLOCK_L=rows, BLOCK_K=block_k, BLOCK_N=block_n) for rows in (64, 128)]
+    if width * dtype.itemsize <= MAX_HELD_BYTES:
+        sizes = {"BLOCK_K": block_k, "BLOCK_N": block_n}
+        return [config(8, 2, BLOCK_L=128, **sizes), config(4, 2, BLOCK_L=64, **sizes)]
+    chunk = CHUNK_BYTES // dtype.itemsize
     return [
-        config(8, 3, BLOCK_L=64, BLOCK_K=64, BLOCK_N=256),
-        config(8, 3, BLOCK_L=128, BLOCK_K=64, BLOCK_N=128),
-        config(4, 3, BLOCK_L=64, BLOCK_K=64, BLOCK_N=128),
+        config(8, 3, BLOCK_L=64, BLOCK_K=chunk, BLOCK_N=256),
+        config(8, 3, BLOCK_L=128, BLOCK_K=chunk, BLOCK_N=128),
+        config(4, 3, BLOCK_L=64, BLOCK_K=chunk, BLOCK_N=128),
     ]
 
 
@@ -305,7 +311,7 @@ def gate_norm_linear_fwd(
         return y
 
     key = (length_bucket(length), width, out_width, dtype, av.dtype, residual.dtype, rate > 0)
-    return select("gate_norm_linear", key, fwd_configs(width, out_width), launch)
+    return select("gate_norm_linear", key, fwd_configs(width, out_width, dtype), launch)
 
 
 def _bwd_in_one(

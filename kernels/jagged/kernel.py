@@ -206,6 +206,7 @@ def split_jagged_fwd(values: Tensor, a_offsets: Tensor, b_offsets: Tensor, num_a
 
 
 def _concat(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor, joined: Tensor, split: bool) -> None:
+    a_offsets, b_offsets = a_offsets.contiguous(), b_offsets.contiguous()
     (num_rows, width), num_users = joined.shape, a_offsets.shape[0] - 1
     if num_rows * width == 0:
         return
@@ -218,7 +219,7 @@ def _concat(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor, joined: 
 
 def jagged_to_dense_fwd(values: Tensor, offsets: Tensor, max_len: int, padding: float) -> Tensor:
     """[B, max_len, ...] contiguous."""
-    num_users = offsets.shape[0] - 1
+    offsets, num_users = offsets.contiguous(), offsets.shape[0] - 1
     dense = torch.empty(num_users, max_len, *values.shape[1:], dtype=values.dtype, device=values.device)
     if dense.numel() == 0:
         return dense
@@ -237,7 +238,7 @@ def dense_to_jagged_fwd(dense: Tensor, offsets: Tensor, num_rows: int) -> Tensor
     values = torch.empty(num_rows, *dense.shape[2:], dtype=dense.dtype, device=dense.device)
     if values.numel() == 0:
         return values
-    flat, num_users = _flat(dense, 2), dense.shape[0]
+    flat, offsets, num_users = _flat(dense, 2), offsets.contiguous(), dense.shape[0]
     c = tile(flat.shape[2])
     _to_jagged_kernel[_grid(num_rows, flat.shape[2], c)](
         flat, _flat(values, 1), offsets, num_rows, num_users, _steps(num_users),
@@ -254,7 +255,7 @@ def add_positions_fwd(
     events: Tensor, table: Tensor, offsets: Tensor, scale: float, rate: float, seed: int, dtype: torch.dtype
 ) -> Tensor:
     """[L, D] contiguous, in ``dtype``."""
-    (num_rows, width), num_users = events.shape, offsets.shape[0] - 1
+    (num_rows, width), offsets, num_users = events.shape, offsets.contiguous(), offsets.shape[0] - 1
     out = torch.empty(num_rows, width, dtype=dtype, device=events.device)
     if out.numel() == 0:
         return out
@@ -276,7 +277,7 @@ def add_positions_bwd(
     d_table = torch.empty(num_positions, width, dtype=table_dtype, device=grad.device)
     if d_table.numel() == 0:
         return d_events, d_table
-    grad, columns = _flat(grad, 1), min(MAX_COLUMNS, power_of_two(width))
+    grad, offsets, columns = _flat(grad, 1), offsets.contiguous(), min(MAX_COLUMNS, power_of_two(width))
     _add_positions_bwd_kernel[(num_positions, triton.cdiv(width, columns))](
         grad, d_events, d_table, offsets, offsets.shape[0] - 1, max_len, scale, *_dropout_arguments(rate, seed),
         width, grad.stride(0), triton.cdiv(width, OCTET),

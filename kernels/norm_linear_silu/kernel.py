@@ -219,16 +219,24 @@ def fwd_configs(dim: int) -> list[Config]:
     ]
 
 
-def split_configs(with_grad: bool, arch: int) -> list[Config]:
+CHUNK_BYTES = 128
+"""Of a row of both operands in one step of a tiled product: what the matrix unit's shared memory layout spans."""
+
+
+def split_configs(dtype: torch.dtype, with_grad: bool, arch: int) -> list[Config]:
     """Tiles of the product of rows normed before."""
     if interpreting():
         return [config(BLOCK_L=32, BLOCK_K=64, BLOCK_N=64)]
+    chunk = CHUNK_BYTES // dtype.itemsize
+    square = [
+        config(8, 3, BLOCK_L=128, BLOCK_K=chunk, BLOCK_N=128),
+        config(4, 4, BLOCK_L=128, BLOCK_K=chunk, BLOCK_N=128),
+    ]
     if arch < 90:
-        small, large = ([config(8, 3, BLOCK_L=r, BLOCK_K=k, BLOCK_N=128)] for r, k in ((64, 64), (128, 32)))
+        small, large = ([config(8, 3, BLOCK_L=r, BLOCK_K=k, BLOCK_N=128)] for r, k in ((64, chunk), (128, chunk // 2)))
         return small + large if with_grad else large + small
-    wide = [config(8, 3, BLOCK_L=128, BLOCK_K=64, BLOCK_N=256)]
-    square = [config(8, 3, BLOCK_L=128, BLOCK_K=64, BLOCK_N=128), config(4, 4, BLOCK_L=128, BLOCK_K=64, BLOCK_N=128)]
-    return square + wide if with_grad else wide + square
+    wide = [config(8, 3, BLOCK_L=128, BLOCK_K=chunk, BLOCK_N=256)]
+    return square + wide if with_grad or dtype == torch.float32 else wide + square
 
 
 def bwd_configs(dim: int, out_width: int, arch: int) -> list[Config]:
@@ -248,7 +256,7 @@ def rows_config(dim: int) -> Config:
     """Tile of the kernels that hold whole rows and have no product."""
     block_k = power_of_two(dim)
     rows = 16 if interpreting() else max(1, ROW_VALUES // block_k)
-    return config(4 if block_k <= 2 * ROW_VALUES else 16, 1, BLOCK_L=rows, BLOCK_K=block_k)
+    return config(8 if block_k <= 2 * ROW_VALUES else 16, 1, BLOCK_L=rows, BLOCK_K=block_k)
 
 
 def _fused(
@@ -288,7 +296,7 @@ def _linear_silu(normed: Tensor, weight: Tensor, grad: Tensor | None, silu: tupl
         return y
 
     key = (length_bucket(length), dim, out_width, normed.dtype, grad is not None)
-    return select("linear_silu", key, split_configs(grad is not None, target_arch(normed.device)), launch)
+    return select("linear_silu", key, split_configs(normed.dtype, grad is not None, target_arch(normed.device)), launch)
 
 
 def _normed(x: Tensor, eps: float, rms: bool, dtype: torch.dtype) -> Tensor:
@@ -301,7 +309,7 @@ def _normed(x: Tensor, eps: float, rms: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _silu_in_place(z: Tensor, grad: Tensor | None, silu: tuple[int, int]) -> Tensor:
-    block_l, block_n = 32, 128
+    block_l, block_n = 16, 128
     _silu_kernel[(triton.cdiv(z.shape[0], block_l), triton.cdiv(z.shape[1], block_n))](
         z, z if grad is None else grad, *z.shape, *silu, 0 if grad is None else grad.stride(0),
         WITH_GRAD=grad is not None, BLOCK_L=block_l, BLOCK_N=block_n, num_warps=4,

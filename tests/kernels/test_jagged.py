@@ -171,6 +171,9 @@ def test_strided_values(device):
     dense = torch.randn(9, 5, 12, device=device).transpose(0, 1)[:, :, 2:7]  # [5, 9, 5]
     same(dense_to_jagged(dense, a_offsets, a.shape[0]), ref.dense_to_jagged_reference(dense, a_offsets))
     same(jagged_to_dense(a, a_offsets, 9), ref.jagged_to_dense_reference(a, a_offsets, 9))
+    every_other = torch.stack([a_offsets, b_offsets], dim=1)[:, 0]
+    same(jagged_to_dense(a, every_other, 9), ref.jagged_to_dense_reference(a, a_offsets, 9))
+    same(concat_jagged(a, every_other, b, b_offsets)[0], joined)
     every_second = rows(2 * sum(A_LENGTHS), None, device=device)[::2]
     same(jagged_to_dense(every_second, a_offsets, 9), ref.jagged_to_dense_reference(every_second, a_offsets, 9))
 

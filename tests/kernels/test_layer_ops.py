@@ -65,6 +65,48 @@ def test_gate_norm_linear_matches_reference(length, width, dim, dropout, seed, d
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("silu_columns", [None, (0, 9), (4, 20), (7, 7)], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norms_and_columns_match_reference(norm, silu_columns, dtype):
+    options = {"norm": norm, "silu_columns": silu_columns}
+    compare(
+        lambda **x: norm_linear_silu(**x, **options),
+        lambda **x: norm_linear_silu_reference(**x, **options),
+        {"x": randn(31, 25, dtype=dtype) + 1, "weight": randn(25, 20, dtype=dtype)},
+    )
+    if silu_columns is None:
+        compare(
+            lambda **x: gate_norm_linear(**x, norm=norm, dropout=0.2, seed=3),
+            lambda **x: gate_norm_linear_reference(**x, norm=norm, dropout=0.2, seed=3),
+            gate_inputs(31, 25, 20, dtype),
+        )
+
+
+def test_rms_norm_and_linear_columns_by_hand():
+    # (3, 4) has root mean square sqrt(12.5); the first column passes through SiLU, the second does not.
+    x, weight, size = torch.tensor([[3.0, 4.0]]), torch.eye(2), math.sqrt(12.5)
+    got = norm_linear_silu(x, weight, eps=1e-12, norm="rms", silu_columns=(0, 1))
+    first = 3 / size
+    assert got.tolist()[0] == pytest.approx([first / (1 + math.exp(-first)), 4 / size], rel=1e-5)
+    got = gate_norm_linear(x, torch.ones(1, 2), weight, torch.zeros(2), torch.zeros(1, 2), eps=1e-12, norm="rms")
+    assert got.tolist()[0] == pytest.approx([3 / size, 4 / size], rel=1e-5)
+
+
+def test_autocast_sets_the_product_dtype():
+    x, weight = randn(31, 25).requires_grad_(), randn(25, 20).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm_linear_silu(x, weight)
+        exact = norm_linear_silu(x.double(), weight.double())
+    assert (y.dtype, exact.dtype) == (torch.bfloat16, torch.float64)
+    assert (y.double() - exact).abs().max() < 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert [g.dtype for g in torch.autograd.grad(y.sum(), (x, weight))] == [torch.float32] * 2
+    gate = gate_inputs(31, 25, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gate_norm_linear(**gate).dtype == torch.float32  # the residual's
+        assert gate_norm_linear(**{**gate, "residual": gate["residual"].bfloat16()}).dtype == torch.bfloat16
+
+
 def test_strided_gate_and_no_events():
     inputs = gate_inputs(9, 8, 4)
     fused = torch.cat([inputs["u"], inputs["u"]], dim=1)
@@ -76,7 +118,9 @@ def test_strided_gate_and_no_events():
 def test_gradcheck():
     x, w = randn(4, 3, dtype=torch.float64).requires_grad_(), randn(3, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(norm_linear_silu, (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: norm_linear_silu(x, w, norm="rms", silu_columns=(1, 4)), (x, w))
     leaves = [t.requires_grad_() for t in gate_inputs(4, 3, 2, torch.float64).values()]
+    assert torch.autograd.gradcheck(lambda *t: gate_norm_linear(*t, dropout=0.4, seed=3, norm="rms"), leaves)
     assert torch.autograd.gradcheck(lambda *t: gate_norm_linear(*t, dropout=0.4, seed=3), leaves)
 
 
@@ -118,6 +162,12 @@ def test_no_dropout_in_evaluation():
         (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(4, 5)), "x \\[L, D\\]"),
         (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(3, 5), eps=0.0), "eps"),
         (lambda: norm_linear_silu(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 5)), "floating"),
+        (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(3, 5), norm="batch"), "norm='batch'"),
+        (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(3, 5), silu_columns=(2, 6)), "silu_columns"),
+        (lambda: norm_linear_silu(torch.zeros(2, 3), torch.zeros(3, 5), silu_columns=(3, 2)), "silu_columns"),
+        (lambda: gate_norm_linear(**gate_inputs(2, 3, 4), norm="batch"), "norm='batch'"),
+        (lambda: gate_norm_linear(**gate_inputs(2, 3, 4), eps=0.0), "eps"),
+        (lambda: gate_norm_linear(**gate_inputs(2, 3, 4, torch.int64)), "av has dtype"),
         (lambda: gate_norm_linear(**{**gate_inputs(2, 3, 4), "u": torch.zeros(2, 4)}), "av and u"),
         (lambda: gate_norm_linear(**{**gate_inputs(2, 3, 4), "bias": torch.zeros(3)}), "weight"),
         (lambda: gate_norm_linear(**{**gate_inputs(2, 3, 4), "residual": torch.zeros(2, 3)}), "residual"),
