@@ -93,5 +93,4 @@ def aot_cases() -> list[AotCase]:
         ("ml-20m tf32", with_tf32(partial(_launch, 256, 256, full, full, 0.2))),
         ("d-100 tf32", with_tf32(partial(_launch, 100, 100, full, full, 0.2))),
         ("d-100 bfloat16", partial(_launch, 100, 100, half, half, 0.2), fused),
-        ("large float32", partial(_launch, 512, 512, full, full, 0.2)),
     ]

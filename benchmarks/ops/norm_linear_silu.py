@@ -89,6 +89,5 @@ def aot_cases() -> list[AotCase]:
         ("ml-1m tf32", with_tf32(partial(_launch, 50, 200, full, full, False))),
         ("ml-20m tf32", with_tf32(partial(_launch, 256, 1024, full, full, False))),
         ("d-100 tf32", with_tf32(partial(_launch, 100, 400, full, full, False))),
-        ("large float32", partial(_launch, 512, 2048, full, full, False)),
     ]
     return cases
