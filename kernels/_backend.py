@@ -54,7 +54,6 @@ def get_backend() -> str:
     return _requested
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op_name: str, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
     """Chooses the backend of an op on a device for inputs of a dtype (None: one that Triton takes).
 
@@ -67,6 +66,10 @@ def choose(op_name: str, device: torch.device, dtype: torch.dtype | None = None)
         _chosen[key] = choice
         _log.info("op %s on %s: %s (%s)", op_name, device.type, choice.backend, choice.reason)
     return _chosen[key]
+
+
+# What torch.compiler.assume_constant_result(choose) does, without importing the compiler (2 s) at every start.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(op_name: str, device_type: str, dtype: torch.dtype | None) -> Choice:

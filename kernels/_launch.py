@@ -64,6 +64,11 @@ def length_bucket(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself where neighbours of its last dimension lie side by side, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def dot_precision() -> str:
     """``input_precision`` of float32 products: ieee, or tf32 where torch was asked for it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

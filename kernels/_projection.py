@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels._common import compute_dtype
-from kernels._launch import dot_precision
+from kernels._launch import dot_precision, unit_stride
 
 NORMS = ("layer", "rms")
 
@@ -81,11 +81,6 @@ def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype != dtype and weight.numel() > CAST_ONCE_VALUES:
         weight = weight.to(dtype)
     return unit_stride(weight)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x with neighbours of the last dimension side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

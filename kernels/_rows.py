@@ -161,11 +161,6 @@ def inverse_norms(table: Tensor, eps: float) -> Tensor:
     return out
 
 
-def last_contiguous(x: Tensor) -> Tensor:
-    """x itself when its last dimension has stride 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def quantum_of(grad: Tensor, queries: Tensor, scale: float, normalize: bool) -> Tensor:
     """float32 [2]: a quantum such that no sum of contributions overflows, and its inverse.
 

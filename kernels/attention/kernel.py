@@ -12,7 +12,18 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels._launch import Config, config, dot_precision, interpreting, length_bucket, num_sms, power_of_two, select
+from kernels._launch import (
+    Config,
+    config,
+    dot_precision,
+    interpreting,
+    length_bucket,
+    num_sms,
+    power_of_two,
+    select,
+    unit_stride,
+)
+from kernels._norm_kernel import sum_partials
 from kernels.attention.programs import _attention_keys_kernel, _attention_rows_kernel
 
 
@@ -167,14 +178,9 @@ def keys_configs(problem: Problem) -> list[Config]:
     return [config(8, 2, BLOCK_M=32, BLOCK_N=64)]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _prepared(problem: Problem) -> Problem:
     tables = [None if w is None else w.contiguous() for w in (problem.position_weight, problem.time_weight)]
-    q, k, v = (_unit_stride(x) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (unit_stride(x) for x in (problem.q, problem.k, problem.v))
     return problem._replace(q=q, k=k, v=v, position_weight=tables[0], time_weight=tables[1])
 
 
@@ -230,14 +236,17 @@ def attention_bwd(
         deterministic: bit-equal over runs: no sum whose order the hardware chooses. Only the tables' gradients need
             it; without tables every run is.
     """
-    problem, grad = _prepared(problem), _unit_stride(grad)
+    problem, grad = _prepared(problem), unit_stride(grad)
     sizes = problem.table_sizes()
     dk, dv = _launch_keys(problem, grad)
     dq, copies = _launch_rows(problem, grad, deterministic and sum(sizes) > 0)
     d_position, d_time = (
-        problem.q.new_empty(0, 0, dtype=torch.float32) if w is None else part.sum(0).view(w.shape)
-        for w, part in zip((problem.position_weight, problem.time_weight), copies.split(sizes, dim=1), strict=True)
+        problem.q.new_empty((0, 0) if w is None else w.shape, dtype=torch.float32)
+        for w in (problem.position_weight, problem.time_weight)
     )
+    given = [d for d in (d_position, d_time) if d.numel()]
+    if given:
+        sum_partials(copies, *given)
     return dq, dk, dv, d_position, d_time
 
 

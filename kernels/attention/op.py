@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels._backend import choose
+from kernels._common import deterministic_or
 from kernels.attention.cpu import attention_bwd_cpu, attention_fwd_cpu
 from kernels.attention.plan import AttentionPlan
 from kernels.attention.reference import attention_reference
@@ -46,7 +47,8 @@ def attention(
             path always is.
 
     Returns:
-        [L, H, V] in v's dtype, accumulated in float32 (float64 for float64).
+        [L, H, V] in v's dtype, accumulated in float32 (float64 for float64). Under autocast too: it is computed in the
+        dtype that q, k and v come in.
 
     Raises:
         ValueError: shapes, dtypes or the plan do not fit together.
@@ -58,14 +60,13 @@ def attention(
     _validate(q, k, v, plan, position_weight, time_weight, number)
     if choose("attention", q.device, q.dtype).backend == "triton":
         _validate_for_kernel(q, v, plan)
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
         kind, width = _time_kind(plan, time_weight)
         mask = plan.mask
         return torch.ops.hstu.attention_triton(
             q, k, v, plan.offsets, plan.order, plan.key_starts, plan.key_lengths, plan.num_targets, plan.query_age,
             plan.key_age, plan.thresholds, row_divisor, position_weight, time_weight, plan.max_len, plan.max_query_len,
-            [int(mask.causal), mask.contextual, mask.window, mask.full_rows], kind, width, number, scale, deterministic,
+            [int(mask.causal), mask.contextual, mask.window, mask.full_rows], kind, width, number, scale,
+            deterministic_or(deterministic),
         )  # fmt: skip
     if q.device.type != "cpu" or plan.is_delta:
         return attention_reference(q, k, v, plan, position_weight, time_weight, number, scale, row_divisor)

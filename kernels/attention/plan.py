@@ -6,6 +6,7 @@ Legend: B users, L query rows in all, H heads.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -111,15 +112,13 @@ def make_plan(
     _check_plan_arguments(offsets, query_time, key_time, time_buckets, num_targets, key_starts, key_lengths)
     offsets = offsets.to(torch.int64)
     lengths = offsets.diff()
+    longest = max_len if max_query_len is None else max_query_len
     if key_starts is not None and key_lengths is not None:
         key_starts, key_lengths = key_starts.to(torch.int64), key_lengths.to(torch.int64)
     if num_targets is not None:
         num_targets = num_targets.to(torch.int64)
     if offsets.device.type == "cpu":
-        _check_lengths_on_cpu(lengths, key_lengths, num_targets, max_len)
-    longest = max_len if max_query_len is None else max_query_len
-    if offsets.device.type == "cpu" and lengths.numel() and int(lengths.max()) > longest:
-        raise ValueError(f"max_query_len={longest}: the longest user has {int(lengths.max())} query rows")
+        _check_lengths_on_cpu(lengths, key_lengths, num_targets, max_len, longest)
     plan = AttentionPlan(
         offsets, max_len, query_time, key_time, time_buckets, mask, num_targets, longest, key_starts, key_lengths
     )
@@ -149,7 +148,7 @@ def _check_plan_arguments(offsets: Tensor, query_time: Tensor | None, key_time: 
 
 
 def _check_lengths_on_cpu(
-    lengths: Tensor, key_lengths: Tensor | None, num_targets: Tensor | None, max_len: int
+    lengths: Tensor, key_lengths: Tensor | None, num_targets: Tensor | None, max_len: int, max_query_len: int
 ) -> None:
     """On the CPU, where reading is free."""
     keys = lengths if key_lengths is None else key_lengths
@@ -157,19 +156,26 @@ def _check_lengths_on_cpu(
         raise ValueError("key_lengths: a user has fewer keys than query rows; its queries are the last of its keys")
     if keys.numel() and int(keys.max()) > max_len:
         raise ValueError(f"max_len={max_len}: the longest user has {int(keys.max())} rows")
+    if lengths.numel() and int(lengths.max()) > max_query_len:
+        raise ValueError(f"max_query_len={max_query_len}: the longest user has {int(lengths.max())} query rows")
     if num_targets is not None and bool(((num_targets < 0) | (num_targets > keys)).any()):
         raise ValueError("num_targets: expected 0 .. the user's number of rows")
 
 
-def _positions(plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each query row, [L] int64: its position in its user's sequence, the sequence's length, the history's."""
+def _query_user(plan: AttentionPlan) -> Tensor:
+    """[L] int64: the user of each query row."""
     lengths = plan.offsets.diff()
-    num_rows = _num_query_rows(plan)
-    user = torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths, output_size=num_rows)
+    users = torch.arange(lengths.shape[0], device=lengths.device)
+    return torch.repeat_interleave(users, lengths, output_size=_num_query_rows(plan))
+
+
+def _positions(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """Of each query row, [L] int64: its position in its user's sequence, and the length of the user's history."""
+    lengths, user = plan.offsets.diff(), _query_user(plan)
     keys = lengths if plan.key_lengths is None else plan.key_lengths
     history = keys if plan.num_targets is None else keys - plan.num_targets
-    within = torch.arange(num_rows, device=lengths.device) - plan.offsets[:-1][user]
-    return within + (keys - lengths)[user], keys[user], history[user]
+    within = torch.arange(user.shape[0], device=user.device) - plan.offsets[:-1][user]
+    return within + (keys - lengths)[user], history[user]
 
 
 def _num_query_rows(plan: AttentionPlan) -> int:
@@ -180,7 +186,7 @@ def _num_query_rows(plan: AttentionPlan) -> int:
 def _row_counts(plan: AttentionPlan) -> Tensor:
     """[L] float32: how many rows each query row sees, by the mask rule in closed form; at least 1."""
     mask = plan.mask
-    i, _, history = _positions(plan)
+    i, history = _positions(plan)
     is_target = i >= history
     at = torch.minimum(i, history)
     first = torch.zeros_like(i)
@@ -203,21 +209,27 @@ def _plan_for_kernel(plan: AttentionPlan) -> AttentionPlan:
         return plan
     query_age, key_age = _ages(plan, plan.query_time, plan.key_time)
     if isinstance(plan.time_buckets, TimeBuckets):
-        plan = replace(plan, thresholds=plan.time_buckets.thresholds().to(query_age.device, non_blocking=True))
+        plan = replace(plan, thresholds=_thresholds_on(plan.time_buckets, query_age.device))
     return replace(plan, query_age=query_age, key_age=key_age)
+
+
+@cache
+def _thresholds_on(buckets: TimeBuckets, device: torch.device) -> Tensor:
+    """Made and copied to the device once, not for every batch; a backward may save it, whatever mode asked first."""
+    with torch.inference_mode(False):
+        return buckets.thresholds().to(device)
 
 
 def _ages(plan: AttentionPlan, query_time: Tensor, key_time: Tensor) -> tuple[Tensor, Tensor]:
     """Times of the rows counted back from their user's latest one, int32 s, at most MAX_GAP_S."""
     num_users = plan.offsets.shape[0] - 1
-    users = torch.arange(num_users, device=plan.offsets.device)
-    query_user = torch.repeat_interleave(users, plan.offsets.diff(), output_size=query_time.shape[0])
+    query_user = _query_user(plan)
     never = torch.iinfo(torch.int64).min // 2
     latest = query_time.new_full((num_users,), never).scatter_reduce_(0, query_user, query_time, "amax")
     key_user = query_user
     if plan.key_starts is not None and plan.key_lengths is not None:
         order = torch.argsort(plan.key_starts)
-        row = torch.arange(key_time.shape[0], device=users.device)
+        row = torch.arange(key_time.shape[0], device=key_time.device)
         slot = torch.searchsorted(plan.key_starts[order], row, right=True)
         key_user = order[(slot - 1).clamp(min=0)]
         within = row - plan.key_starts[key_user]

@@ -9,7 +9,6 @@ and ``j`` carry the broadcasting shape, and the functions do not care.
 import triton
 import triton.language as tl
 
-TIME_NONE, TIME_BUCKETS, TIME_POWER_LAW = 0, 1, 2
 FURTHEST = tl.constexpr(2**31 - 1)
 """Beyond every age in s."""
 FEW_BUCKETS = tl.constexpr(4)

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from kernels._dropout import OCTET, dropped_levels, kept_factor
 from kernels._dropout_kernel import keep_tile, seed_words
-from kernels._launch import Config, config, dot_precision, interpreting, length_bucket, num_sms, power_of_two, select
+from kernels._launch import (
+    Config,
+    config,
+    dot_precision,
+    interpreting,
+    length_bucket,
+    num_sms,
+    power_of_two,
+    select,
+    unit_stride,
+)
 from kernels._norm_kernel import (
     TL_DTYPES,
     chunked_statistics,
@@ -32,7 +42,6 @@ from kernels._projection import (
     kernel_weight,
     mm_to,
     products,
-    unit_stride,
 )
 
 PROGRAMS_PER_SM = 2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels._dropout import OCTET, dropped_levels, kept_factor
 from kernels._dropout_kernel import keep_tile, seed_words
-from kernels._launch import Config, config, interpreting, power_of_two
+from kernels._launch import Config, config, interpreting, power_of_two, unit_stride
 
 COUNTS = ["num_rows", "num_users", "steps"]
 """Arguments that change from batch to batch: not compiled for."""
@@ -183,7 +183,7 @@ def _flat(x: Tensor, dims: int) -> Tensor:
     """x with ``dims`` leading dimensions and one of columns, of unit stride; booleans as bytes."""
     x = x.view(torch.uint8) if x.dtype == torch.bool else x
     x = x if x.dim() > dims else x[..., None]
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return unit_stride(x)
 
 
 def _steps(num_users: int) -> int:

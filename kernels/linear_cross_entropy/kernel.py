@@ -15,8 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Config, config, dot_precision, interpreting, length_bucket, num_sms, power_of_two, select
-from kernels._rows import finish_fixed, inverse_norms, last_contiguous, quantum_of
+from kernels._launch import (
+    Config,
+    config,
+    dot_precision,
+    interpreting,
+    length_bucket,
+    num_sms,
+    power_of_two,
+    select,
+    unit_stride,
+)
+from kernels._rows import finish_fixed, inverse_norms, quantum_of
 from kernels._softmax_blocks import (
     _finish_de_kernel,
     _finish_dq_kernel,
@@ -113,8 +123,8 @@ def problem(queries: Tensor, table: Tensor, labels: Tensor, ids: Tensor | None, 
     """A :class:`Problem` whose tensors have the strides the kernels take."""
     ids, log_q, label_log_q = (None if x is None else x.contiguous() for x in (ids, log_q, label_log_q))
     return Problem(
-        last_contiguous(queries),
-        last_contiguous(table),
+        unit_stride(queries),
+        unit_stride(table),
         labels.contiguous(),
         ids,
         log_q,

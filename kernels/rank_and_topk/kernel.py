@@ -20,8 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common import row_chunks
-from kernels._launch import Config, config, dot_precision, interpreting, length_bucket, num_sms, power_of_two, select
-from kernels._rows import inverse_norms, inverses, last_contiguous, products, read_rows
+from kernels._launch import (
+    Config,
+    config,
+    dot_precision,
+    interpreting,
+    length_bucket,
+    num_sms,
+    power_of_two,
+    select,
+    unit_stride,
+)
+from kernels._rows import inverse_norms, inverses, products, read_rows
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 NOTHING = -(2**63)
@@ -157,7 +167,7 @@ class _Scorer:
     """Arguments that both kernels take, for one chunk of users at a time."""
 
     def __init__(self, queries: Tensor, table: Tensor, normalize: bool, eps: float) -> None:
-        self.queries, self.table, self.normalize = last_contiguous(queries), last_contiguous(table), normalize
+        self.queries, self.table, self.normalize = unit_stride(queries), unit_stride(table), normalize
         self.dtype = torch.promote_types(queries.dtype, table.dtype)
         none = torch.empty(0, dtype=torch.float32, device=table.device)
         self.inverse_q = inverse_norms(self.queries, eps) if normalize else none

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Config, config, interpreting, power_of_two, select
-from kernels._rows import add_to_rows, draw_ids, finish_fixed, inverse_norm, last_contiguous, quantum_of
+from kernels._launch import Config, config, interpreting, power_of_two, select, unit_stride
+from kernels._rows import add_to_rows, draw_ids, finish_fixed, inverse_norm, quantum_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -207,7 +207,7 @@ def sampled_softmax_fwd(
     scale: float, normalize: bool, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss [L], and log2 of the sum of the exponentials [L], both float32."""
-    queries, table, labels = last_contiguous(queries), last_contiguous(table), labels.contiguous()
+    queries, table, labels = unit_stride(queries), unit_stride(table), labels.contiguous()
     length, width = queries.shape
     loss = torch.empty(length, dtype=torch.float32, device=queries.device)
     lse = torch.empty_like(loss)
@@ -232,7 +232,7 @@ def sampled_softmax_bwd(
 
     slots: [V] int32 or None. Row of the sums [num_slots, D] that an item has; None: its own.
     """
-    queries, table, labels = last_contiguous(queries), last_contiguous(table), labels.contiguous()
+    queries, table, labels = unit_stride(queries), unit_stride(table), labels.contiguous()
     length, width = queries.shape
     d_queries = torch.empty(length, width, dtype=queries.dtype, device=queries.device)
     fixed = fixed and length > 0
@@ -262,7 +262,7 @@ def finish(sums: Tensor, quantum: Tensor | None, table: Tensor, normalize: bool,
     """The table's gradient in ``dtype`` from the sums of :func:`sampled_softmax_bwd`."""
     if quantum is None:
         return sums.to(dtype)
-    return finish_fixed(sums, quantum, last_contiguous(table), eps, normalize, dtype, ids)
+    return finish_fixed(sums, quantum, unit_stride(table), eps, normalize, dtype, ids)
 
 
 def touched(labels: Tensor, draws: Draws, num_rows: int) -> Tensor:

@@ -12,22 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from hstu.config import BiasConfig, HSTUConfig, LossConfig
+from hstu.config import LossConfig
 from hstu.data.batches import Batch
 from hstu.model.retrieval import RetrievalModel
 from kernels._backend import set_backend
-from tests.model.test_encoders import NUM_ITEMS, make_batch
+from tests.model.test_encoders import NUM_ITEMS, TOY, make_batch
 
-CONFIG = HSTUConfig(
-    dim=8,
-    num_blocks=1,
-    num_heads=2,
-    qk_dim=4,
-    v_dim=5,
-    max_len=10,
-    dropout=0.0,
-    bias=BiasConfig(num_buckets=16, bucket_width=1.3),
-)
 LENGTHS = [[3, 4], [1, 6]]
 """Of the users of each rank: 7 events on both."""
 
@@ -38,7 +28,7 @@ class Loss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.model = RetrievalModel(CONFIG, NUM_ITEMS, LossConfig(name="full_softmax"))
+        self.model = RetrievalModel(TOY, NUM_ITEMS, LossConfig(name="full_softmax"))
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.loss(batch, 0)
