@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import BiasConfig
+from kernels.attention import PowerLaw, TimeBuckets
 
 INIT_STD = 0.02
 """Of both tables (reference code)."""
+
+
+def time_buckets(config: BiasConfig) -> TimeBuckets | PowerLaw | None:
+    """How time gaps become weights; None without a time bias."""
+    if not config.time:
+        return None
+    return PowerLaw() if config.time_kind == "power_law" else TimeBuckets(config.num_buckets, config.bucket_width)
 
 
 class RelativeBias(nn.Module):
@@ -27,7 +35,5 @@ class RelativeBias(nn.Module):
         self.time: Tensor | None = None
         if config.position:
             self.position = nn.Parameter(torch.randn(tables, 2 * padded_len - 1) * INIT_STD)
-        if config.time:
-            self.time = nn.Parameter(
-                torch.randn(tables, 2 if config.time_kind == "power_law" else config.num_buckets) * INIT_STD
-            )
+        if (buckets := time_buckets(config)) is not None:
+            self.time = nn.Parameter(torch.randn(tables, buckets.num_weights) * INIT_STD)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hstu.config import BiasConfig, HSTUConfig, ModelConfig
+from hstu.config import HSTUConfig, ModelConfig
 from hstu.data.batches import Batch
+from hstu.model.bias import time_buckets
 from hstu.model.layer import HSTULayer
 from hstu.seeding import derive
-from kernels.attention import AttentionPlan, Mask, PowerLaw, TimeBuckets, make_plan
+from kernels.attention import AttentionPlan, Mask, make_plan
 from kernels.jagged import add_positions
 
 
@@ -58,7 +59,7 @@ class HSTUEncoder(Encoder):
         self.request_time = config.bias.request_time
         self.input = InputStage(nn.init.xavier_normal_(torch.empty(padded_len, config.dim)), config.dropout)
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_blocks))
-        self.time_buckets = _time_buckets(config.bias)
+        self.time_buckets = time_buckets(config.bias)
         self.mask = Mask(window=config.window, full_rows=config.full_rows)
         self.count_rows = config.divisor == "row_count"
 
@@ -74,12 +75,6 @@ class HSTUEncoder(Encoder):
         for index, layer in enumerate(self.layers):
             x = layer(x, plan, layer_seed(seed, index + 1))
         return x
-
-
-def _time_buckets(config: BiasConfig) -> TimeBuckets | PowerLaw | None:
-    if not config.time:
-        return None
-    return PowerLaw() if config.time_kind == "power_law" else TimeBuckets(config.num_buckets, config.bucket_width)
 
 
 def make_encoder(config: ModelConfig) -> Encoder:

@@ -16,6 +16,7 @@ from kernels._backend import choose
 from kernels.attention.layout import lay_out
 from kernels.attention.reference import CAUSAL, Mask
 from kernels.attention.times import MAX_GAP_S, PowerLaw, TimeBuckets
+from kernels.jagged import positions_of
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,7 @@ def _positions(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     lengths, user = plan.offsets.diff(), _query_user(plan)
     keys = lengths if plan.key_lengths is None else plan.key_lengths
     history = keys if plan.num_targets is None else keys - plan.num_targets
-    within = torch.arange(user.shape[0], device=user.device) - plan.offsets[:-1][user]
-    return within + (keys - lengths)[user], history[user]
+    return positions_of(plan.offsets, user.shape[0]) + (keys - lengths)[user], history[user]
 
 
 def _num_query_rows(plan: AttentionPlan) -> int:
