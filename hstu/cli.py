@@ -47,6 +47,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="prepare_schema", node={"data": config.DataConfig})
     store.store(name="schema", node={"experiment": "synthetic", "seed": 0, "seeds": None, "variants": {}, **sections})
+    store.store(group="ranking", name="schema", node=config.RankingConfig)  # first in every conf/ranking/*.yaml
 
 
 def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") -> None:

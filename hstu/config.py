@@ -10,16 +10,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from hstu.config_ranking import RankingConfig
 from hstu.errors import UserError
-
-
-def _check(ok: bool, name: str, got: object, expected: str) -> None:
-    if not ok:
-        raise UserError(f"{name}={got!r}: expected {expected}")
-
-
-def _one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
-    _check(got in allowed, name, got, "one of " + ", ".join(allowed))
+from hstu.errors import check as _check
+from hstu.errors import one_of as _one_of
 
 
 @dataclass
@@ -461,6 +455,8 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     published: PublishedConfig = field(default_factory=PublishedConfig)
+    ranking: RankingConfig | None = None
+    """Tasks, actions and features of a ranking model; None: retrieval."""
 
 
 def published_row(config: Config) -> PublishedConfig | None:
@@ -508,6 +504,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     }  # fmt: skip
     for key, cls in sections.items():
         parts[key] = build(cls, dict(values.pop(key, None) or {}), f"{key}.")
+    ranking = dict(values.pop("ranking", None) or {})
+    parts["ranking"] = build(RankingConfig, ranking, "ranking.") if ranking else None
     seed, seeds = values.get("seed", 0), values.get("seeds")
     _check(isinstance(seed, int) and seed >= 0, "seed", seed, "an integer >= 0")
     ok = seeds is None or (len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds))

@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the dataclasses of ``hstu/config.py`` and the choices under ``conf/``.
+"""Writes docs/config.md from the dataclasses of ``hstu/config.py``, ``hstu/config_ranking.py`` and the choices under ``conf/``.
 
 python -m hstu.config_docs            write docs/config.md
 python -m hstu.config_docs --check    exit status 1 when it is not what would be written (a test does this)
@@ -29,9 +29,14 @@ SECTIONS = {
     "EvalConfig": ("eval.", "eval"),
     "KernelsConfig": ("kernels.", "kernels"),
     "PublishedConfig": ("published.", "published"),
+    "RankingConfig": ("ranking.", "ranking"),
+    "TaskConfig": ("ranking.tasks.NAME.", "ranking.tasks"),
+    "ActionConfig": ("ranking.actions.COLUMN.", "ranking.actions"),
+    "FeatureConfig": ("ranking.user_features.NAME.", "ranking.user_features, item_features, event_features"),
+    "HeadConfig": ("ranking.head.", "ranking.head"),
 }
 """Dataclass -> (prefix of its options on the command line, heading)."""
-GROUPS = ("data", "model", "loss", "optim", "run", "experiment")
+GROUPS = ("data", "model", "ranking", "loss", "optim", "run", "experiment")
 """Folders of conf/ whose members are chosen by name."""
 INTRODUCTION = """# Configuration
 
@@ -58,7 +63,7 @@ class Option:
 
 
 def read_classes(source: str) -> dict[str, tuple[str, list[Option]]]:
-    """Docstring and options of every dataclass in the source of ``hstu/config.py``, in the order of the file."""
+    """Docstring and options of every dataclass in a source file, in the order of the file."""
     found: dict[str, tuple[str, list[Option]]] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef):
@@ -101,7 +106,7 @@ def _one_line(text: str) -> str:
 def _table(prefix: str, options: list[Option], sections: set[str]) -> list[str]:
     lines = ["| option | type | default | meaning |", "|---|---|---|---|"]
     for option in options:
-        if option.type in sections or option.type == "ModelConfig":
+        if option.type.removesuffix(" | None") in {*sections, "ModelConfig"}:
             continue  # a section of its own
         kind = option.type.replace(" | None", " or null").replace("|", "\\|")
         lines.append(f"| `{prefix}{option.name}` | {kind} | `{option.default}` | {_one_line(option.meaning)} |")
@@ -119,7 +124,8 @@ def choices(conf: Path) -> list[str]:
 
 def render(root: Path = ROOT) -> str:
     """The whole text of docs/config.md."""
-    classes = read_classes((root / "hstu" / "config.py").read_text(encoding="utf-8"))
+    sources = [(root / "hstu" / name).read_text(encoding="utf-8") for name in ("config.py", "config_ranking.py")]
+    classes = {name: found for source in sources for name, found in read_classes(source).items()}
     missing = [name for name in classes if name not in SECTIONS]
     if missing:
         raise ValueError(f"hstu/config_docs.py: SECTIONS lacks {', '.join(missing)}")

@@ -171,21 +171,9 @@ class TrainBatches:
             if self._epoch != epoch:
                 generator = np.random.Generator(np.random.PCG64(derive(self.seed, ORDER_SEED, epoch)))
                 self._order = generator.permutation(len(self.users))
-                self._bounds = self._cut(self.lengths[self._order])
+                self._bounds = cut_batches(self.lengths[self._order], self.batch_users, self.batch_tokens)
                 self._epoch = epoch
             return self._order, self._bounds
-
-    def _cut(self, lengths: np.ndarray) -> np.ndarray:
-        if self.batch_tokens is None:
-            return np.append(np.arange(0, len(lengths), self.batch_users), len(lengths))
-        ends = np.cumsum(lengths)
-        bounds = [0]
-        while bounds[-1] < len(lengths):
-            start = bounds[-1]
-            used = ends[start - 1] if start else 0
-            stop = int(np.searchsorted(ends, used + self.batch_tokens, side="right"))
-            bounds.append(max(stop, start + 1))
-        return np.array(bounds, np.int64)
 
     def num_steps(self, epoch: int) -> int:
         """Batches in the epoch (with ``batch_tokens`` it can differ between epochs)."""
@@ -195,6 +183,21 @@ class TrainBatches:
         order, bounds = self._enter(epoch)
         chosen = order[bounds[step] : bounds[step + 1]]
         return self.columns.gather(self.users[chosen], self.first_rows[chosen], self.lengths[chosen])
+
+
+def cut_batches(lengths: np.ndarray, batch_users: int, batch_tokens: int | None) -> np.ndarray:
+    """Bounds int64 [batches+1] of consecutive batches of ``batch_users`` sequences, or of at most ``batch_tokens``
+    events (a longer single sequence stands alone). lengths: [sequences] int64."""
+    if batch_tokens is None:
+        return np.append(np.arange(0, len(lengths), batch_users), len(lengths))
+    ends = np.cumsum(lengths)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        start = bounds[-1]
+        used = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, used + batch_tokens, side="right"))
+        bounds.append(max(stop, start + 1))
+    return np.array(bounds, np.int64)
 
 
 def eval_batches(
