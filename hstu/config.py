@@ -32,6 +32,15 @@ class ColumnsConfig:
     """Further numeric columns, stored as float32."""
     features: list[str] = field(default_factory=list)
     """Further categorical columns, coded to int32 (0 = missing) with a map back to the raw values."""
+    optional: list[str] = field(default_factory=list)
+    """Those of ``action`` and ``values`` that may be empty, stored as NaN. In the others an empty cell is a bad row."""
+    numeric: list[str] = field(default_factory=list)
+    """Columns of ``items_file`` and ``users_file`` stored as float32 (empty = NaN). The others are text."""
+
+    def __post_init__(self) -> None:
+        known = [*([self.action] if self.action is not None else []), *self.values]
+        for name in self.optional:
+            _check(name in known, "data.columns.optional", name, f"one of the action and values ({', '.join(known)})")
 
 
 @dataclass
@@ -41,7 +50,7 @@ class DataConfig:
     name: str = "synthetic"
     """Name of the data set; names the store's folder."""
     source: str = "synthetic"
-    """Importer: synthetic, movielens-100k, movielens-dat, movielens-csv, amazon-2014 or log."""
+    """Importer: synthetic, movielens-100k, movielens-dat, movielens-csv, amazon-2014, kuairand or log."""
     raw: str | None = None
     """Local file, glob or folder with the raw data. None: ``$HSTU_DATA_DIR/<name>`` if it is there, else download."""
     root: str = "data"
@@ -52,6 +61,8 @@ class DataConfig:
     """``md5:HEX`` or ``sha256:HEX`` of the downloaded archive."""
     category: str | None = None
     """Amazon 2014 only: category as in the file name ``ratings_<category>.csv``."""
+    random_log: bool = False
+    """KuaiRand only: also take the log of randomly exposed videos; ``is_rand`` marks its events."""
 
     # Reading (data=log)
     format: str = "auto"
@@ -65,6 +76,8 @@ class DataConfig:
     """s, ms, us, iso, or auto (by magnitude / type; said in the log)."""
     items_file: str | None = None
     """Optional CSV/Parquet of item attributes (first column: raw item id; ``title`` and others kept)."""
+    users_file: str | None = None
+    """Optional CSV/Parquet of user attributes (first column: raw user id)."""
     on_bad_row: str = "fail"
     """fail: stop at the first bad row; skip: count it and write it to ``rejects.csv``."""
 
@@ -103,7 +116,7 @@ class DataConfig:
     """Synthetic only: seed of the process and of the log drawn from it."""
 
     def __post_init__(self) -> None:
-        sources = ("synthetic", "movielens-100k", "movielens-dat", "movielens-csv", "amazon-2014", "log")
+        sources = ("synthetic", "movielens-100k", "movielens-dat", "movielens-csv", "amazon-2014", "kuairand", "log")
         _one_of("data.source", self.source, sources)
         _one_of("data.format", self.format, ("auto", "csv", "jsonl", "parquet"))
         _one_of("data.time_unit", self.time_unit, ("auto", "s", "ms", "us", "iso"))
@@ -314,6 +327,23 @@ class OptimConfig:
 
 
 @dataclass
+class StochasticLengthConfig:
+    """Cutting long training sequences to random lengths (Zhai et al. 2024, section 3.2); evaluation is always full."""
+
+    alpha: float | None = None
+    """In (1, 2]: with N the longest sequence, one of n > N^(alpha/2) events is cut to N^(alpha/2) of them with
+    probability 1 - N^alpha / n^2. 2 cuts nothing; None: off."""
+    selection: str = "recent"
+    """Events that a cut sequence keeps, in their order: recent (the last), uniform (at random) or recency (at random,
+    weighted by age as in the paper's appendix F.1)."""
+
+    def __post_init__(self) -> None:
+        alpha = self.alpha
+        _check(alpha is None or 1 < alpha <= 2, "run.stochastic_length.alpha", alpha, "in (1, 2] or null")
+        _one_of("run.stochastic_length.selection", self.selection, ("recent", "uniform", "recency"))
+
+
+@dataclass
 class RunConfig:
     """The loop: how long, what is saved, what is shown."""
 
@@ -325,6 +355,7 @@ class RunConfig:
     """Users per batch; ignored when ``batch_tokens`` is set."""
     batch_tokens: int | None = None
     """Token budget per batch instead of a number of users."""
+    stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     selection: str = "validation"
     """validation: second-last item held out, best epoch by validation, test reported once.
     reference: only the last item held out, best epoch on test, as the published numbers were made."""
