@@ -26,6 +26,7 @@ SECTIONS = {
     "LossConfig": ("loss.", "loss"),
     "OptimConfig": ("optim.", "optim"),
     "RunConfig": ("run.", "run"),
+    "StochasticLengthConfig": ("run.stochastic_length.", "run.stochastic_length"),
     "EvalConfig": ("eval.", "eval"),
     "KernelsConfig": ("kernels.", "kernels"),
     "PublishedConfig": ("published.", "published"),

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.config import StochasticLengthConfig
 from hstu.data.splits import Split, Targets
+from hstu.data.stochastic_length import StochasticLength, savings
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
 from hstu.seeding import derive
@@ -105,14 +107,22 @@ class EventColumns:
         Args:
             users, first_rows, lengths: [B] int64.
         """
+        shift = torch.from_numpy(first_rows - np.cumsum(lengths) + lengths).to(self.device)
+        total = int(lengths.sum())
+        rows = torch.arange(total, device=self.device)
+        rows += torch.repeat_interleave(shift, torch.from_numpy(lengths).to(self.device), output_size=total)
+        return self.gather_rows(users, rows, lengths)
+
+    def gather_rows(self, users: np.ndarray, rows: Tensor, lengths: np.ndarray) -> Batch:
+        """The batch whose users' input rows are joined in ``rows``; the label is the event after each in the log.
+
+        Args:
+            users, lengths: [B] int64. rows: [L] int64, absolute event rows of the store.
+        """
         offsets_np = np.zeros(len(users) + 1, np.int64)
         np.cumsum(lengths, out=offsets_np[1:])
         offsets = torch.from_numpy(offsets_np).to(self.device)
-        total = int(offsets_np[-1])
-        shift = torch.from_numpy(first_rows - offsets_np[:-1]).to(self.device)
-        counts = torch.from_numpy(lengths).to(self.device)
-        rows = torch.arange(total, device=self.device)
-        rows += torch.repeat_interleave(shift, counts, output_size=total)
+        rows = rows.to(self.device)
         assert self.item_ids is not None and self.timestamps is not None
         items, times = self.item_ids, self.timestamps
         weights = actions = None
@@ -134,6 +144,19 @@ class EventColumns:
         return batch if self.output_device == self.device else batch.to(self.output_device)
 
 
+@dataclass(frozen=True)
+class EpochPlan:
+    """Who is in which batch of an epoch, and how long."""
+
+    epoch: int
+    order: np.ndarray
+    """[U] int64. Indices of the training users, shuffled."""
+    kept: np.ndarray
+    """[U] int64. Input events of each training user (not shuffled)."""
+    bounds: np.ndarray
+    """[steps+1] int64. Batch s is order[bounds[s]:bounds[s+1]]."""
+
+
 class TrainBatches:
     """Training batches; ``batch(epoch, step)`` is a pure function of (seed, epoch, step).
 
@@ -148,10 +171,14 @@ class TrainBatches:
         seed: of the shuffling.
         batch_users: users per batch, or
         batch_tokens: most input events per batch; a longer single user stands alone.
+        stochastic_length: cuts long inputs to some of their events. A kept event is still labelled with the event
+            that follows it in the log, dropped or not: evaluation asks for the very next event, so what is left of
+            the input must not change what is asked. ``batch_tokens`` counts what is left.
     """
 
     def __init__(self, columns: EventColumns, store: SequenceStore, split: Split, max_len: int, seed: int,
-                 batch_users: int, batch_tokens: int | None = None) -> None:  # fmt: skip
+                 batch_users: int, batch_tokens: int | None = None,
+                 stochastic_length: StochasticLengthConfig | None = None) -> None:  # fmt: skip
         counts = split.train_end - store.offsets[:-1]
         self.users = np.flatnonzero(counts >= 2).astype(np.int64)
         self.num_skipped = int(store.num_users - len(self.users))
@@ -161,28 +188,45 @@ class TrainBatches:
         self.lengths = np.minimum(counts[self.users] - 1, max_len).astype(np.int64)
         self.first_rows = (split.train_end[self.users] - 1 - self.lengths).astype(np.int64)
         self.batch_users, self.batch_tokens = batch_users, batch_tokens
-        self._epoch: int | None = None
-        self._order: np.ndarray = np.empty(0, np.int64)
-        self._bounds: np.ndarray = np.empty(0, np.int64)
+        on = stochastic_length is not None and stochastic_length.alpha is not None
+        self.sampler = StochasticLength(stochastic_length, self.lengths, seed) if on else None  # type: ignore[arg-type]
+        self._timestamps = store.timestamps
+        self._epoch: EpochPlan | None = None
         self._lock = threading.Lock()
 
-    def _enter(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _enter(self, epoch: int) -> EpochPlan:
         with self._lock:
-            if self._epoch != epoch:
+            if self._epoch is None or self._epoch.epoch != epoch:
                 generator = np.random.Generator(np.random.PCG64(derive(self.seed, ORDER_SEED, epoch)))
-                self._order = generator.permutation(len(self.users))
-                self._bounds = cut_batches(self.lengths[self._order], self.batch_users, self.batch_tokens)
-                self._epoch = epoch
-            return self._order, self._bounds
+                order = generator.permutation(len(self.users))
+                kept = self.lengths if self.sampler is None else self.sampler.epoch_lengths(epoch)
+                bounds = cut_batches(kept[order], self.batch_users, self.batch_tokens)
+                self._epoch = EpochPlan(epoch, order, kept, bounds)
+            return self._epoch
 
     def num_steps(self, epoch: int) -> int:
         """Batches in the epoch (with ``batch_tokens`` it can differ between epochs)."""
-        return len(self._enter(epoch)[1]) - 1
+        return len(self._enter(epoch).bounds) - 1
 
     def batch(self, epoch: int, step: int) -> Batch:
-        order, bounds = self._enter(epoch)
-        chosen = order[bounds[step] : bounds[step + 1]]
-        return self.columns.gather(self.users[chosen], self.first_rows[chosen], self.lengths[chosen])
+        plan = self._enter(epoch)
+        chosen = plan.order[plan.bounds[step] : plan.bounds[step + 1]]
+        users, first_rows, lengths, kept = (c[chosen] for c in (self.users, self.first_rows, self.lengths, plan.kept))
+        if self.sampler is None:
+            return self.columns.gather(users, first_rows, lengths)
+        rows = np.arange(int(lengths.sum())) + np.repeat(first_rows - np.cumsum(lengths) + lengths, lengths)
+        times = self._timestamps[rows] if self.sampler.selection == "recency" else None
+        rows = rows[self.sampler.positions(lengths, kept, epoch, step, times)]
+        return self.columns.gather_rows(users, torch.from_numpy(rows), kept)
+
+    def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
+        """``tokens_dropped`` and ``attention_work_saved`` by stochastic length in the epoch's first ``num_steps``
+        batches (None: all), as shares; empty where it is off."""
+        if self.sampler is None:
+            return {}
+        plan = self._enter(epoch)
+        chosen = plan.order if num_steps is None else plan.order[: plan.bounds[num_steps]]
+        return savings(self.lengths[chosen], plan.kept[chosen])
 
 
 def cut_batches(lengths: np.ndarray, batch_users: int, batch_tokens: int | None) -> np.ndarray:
