@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the dataclasses of ``hstu/config.py``, ``hstu/config_ranking.py`` and the choices under ``conf/``.
+"""Writes docs/config.md from the dataclasses of ``hstu/config*.py`` and the choices under ``conf/``.
 
 python -m hstu.config_docs            write docs/config.md
 python -m hstu.config_docs --check    exit status 1 when it is not what would be written (a test does this)

@@ -1,0 +1,267 @@
+"""Ranking data: labels, action bits and features of events, and the sequences that predict them. numpy only.
+
+Legend: U users, E events of the store, L events at hand, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hstu.config_ranking import ActionConfig, RankingConfig, TaskConfig
+from hstu.data.features import DERIVED, Coded, event_feature, item_feature, time_feature, user_feature
+from hstu.errors import UserError
+
+if TYPE_CHECKING:
+    from hstu.data.store import SequenceStore
+
+_CHUNK_ROWS = 1 << 22
+
+
+class RankingData:
+    """What a ranking model knows of a store: labels, actions and features, checked once.
+
+    Raises UserError for a column that is not there, a label or an action outside the values that the config names.
+    """
+
+    def __init__(self, store: SequenceStore, config: RankingConfig) -> None:
+        self.store, self.config = store, config
+        self.user_features = {n: user_feature(store, n, c) for n, c in config.user_features.items()}
+        self.item_features = {n: item_feature(store, n, c) for n, c in config.item_features.items()}
+        stored = {n: c for n, c in config.event_features.items() if n not in DERIVED}
+        self.event_features = {n: event_feature(store, n, c) for n, c in stored.items()}
+        self.time_features = [n for n in config.event_features if n in DERIVED]
+        for start in range(0, store.num_events, _CHUNK_ROWS):
+            rows = np.arange(start, min(start + _CHUNK_ROWS, store.num_events))
+            for name in config.tasks:
+                self.label(name, rows)
+            self.action_bits(rows)
+
+    # Labels
+
+    @cached_property
+    def labels(self) -> dict[str, np.ndarray]:
+        """float32 [E] by task, NaN where missing; of all events."""
+        rows = np.arange(self.store.num_events)
+        return {name: self.label(name, rows) for name in self.config.tasks}
+
+    def label(self, task: str, rows: np.ndarray) -> np.ndarray:
+        """float32 [L] label of the events ``rows``, NaN where it is missing or masked.
+
+        binary: 0 or 1; multiclass and ordinal: the index of the level; regression: the raw value.
+        """
+        config = self.config.tasks[task]
+        where = f"ranking.tasks.{task}"
+        values = _values(self.store, config.column, rows, f"{where}.column")
+        label = _label(values, config, where, rows)
+        if config.mask_column is not None:
+            mask = _values(self.store, config.mask_column, rows, f"{where}.mask_column")
+            label[~(np.nan_to_num(mask) != 0)] = np.nan
+        return label
+
+    # Actions
+
+    @cached_property
+    def num_action_bits(self) -> int:
+        """Width of :meth:`action_bits`."""
+        return sum(_num_bits(c) for c in self.config.actions.values())
+
+    def action_bits(self, rows: np.ndarray) -> np.ndarray:
+        """bool [L, bits]: what was done in the events ``rows``; the last bit of each column says that it is missing."""
+        parts = [np.empty((len(rows), 0), bool)]
+        for column, config in self.config.actions.items():
+            where = f"ranking.actions.{column}"
+            parts.append(_bits(_values(self.store, column, rows, where), config, where, rows))
+        return np.concatenate(parts, axis=1)
+
+    # Features of the item token
+
+    @property
+    def token_feature_sizes(self) -> dict[str, int]:
+        """Codes of each categorical feature of the item token."""
+        found = {f"item.{n}": f.num_codes for n, f in self.item_features.items() if isinstance(f, Coded)}
+        found |= {f"event.{n}": f.num_codes for n, f in self.event_features.items() if isinstance(f, Coded)}
+        return found | {f"event.{n}": time_feature(np.zeros(1), n, 0)[1] for n in self.time_features}
+
+    @property
+    def token_number_names(self) -> list[str]:
+        """Numeric features of the item token."""
+        items = [f"item.{n}" for n, f in self.item_features.items() if not isinstance(f, Coded)]
+        return items + [f"event.{n}" for n, f in self.event_features.items() if not isinstance(f, Coded)]
+
+    def token_features(
+        self, item_ids: np.ndarray, timestamps: np.ndarray, event_values: dict[str, np.ndarray]
+    ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """Features of item tokens: by name (values, lengths) of the categorical ones, and the numbers float32 [L, F].
+
+        item_ids: [L], 0..num_items; timestamps: [L] s; event_values: [L] of each stored event feature (its codes or
+        standardised numbers, :meth:`event_values`); one that is left out counts as missing.
+        """
+        coded, numbers, size = {}, [], len(item_ids)
+        for name, feature in self.item_features.items():
+            if isinstance(feature, Coded):
+                coded[f"item.{name}"] = feature.take(item_ids)
+            else:
+                numbers.append(feature.values[item_ids])
+        for name, feature in self.event_features.items():
+            if isinstance(feature, Coded):
+                values = event_values.get(name, np.zeros(size, np.int64)).astype(np.int64)
+                coded[f"event.{name}"] = values, np.ones(size, np.int64)
+            else:
+                numbers.append(event_values.get(name, np.full(size, np.nan, np.float32)))
+        for name in self.time_features:
+            values = time_feature(timestamps, name, self.config.utc_offset_hours)[0]
+            coded[f"event.{name}"] = values, np.ones(size, np.int64)
+        stacked = np.stack(numbers, axis=1) if numbers else np.empty((size, 0))
+        return coded, stacked.astype(np.float32)
+
+    def event_values(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Codes or numbers [L] of each stored event feature in the events ``rows``."""
+        return {name: feature.values[rows] for name, feature in self.event_features.items()}
+
+    # Features of the prefix
+
+    @property
+    def user_feature_sizes(self) -> dict[str, int]:
+        """Codes of each categorical user feature."""
+        return {n: f.num_codes for n, f in self.user_features.items() if isinstance(f, Coded)}
+
+    @property
+    def user_number_names(self) -> list[str]:
+        """Numeric user features."""
+        return [n for n, f in self.user_features.items() if not isinstance(f, Coded)]
+
+    def prefix_features(self, users: np.ndarray) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """As :meth:`token_features`, of the store's users ``users``; user -1 is nobody: everything missing."""
+        known = np.asarray(users) >= 0
+        rows = np.where(known, users, 0)
+        coded, numbers = {}, []
+        for name, feature in self.user_features.items():
+            if isinstance(feature, Coded):
+                values, lengths = feature.take(rows)
+                values = np.where(np.repeat(known, lengths), values, 0)
+                coded[name] = values, lengths
+            else:
+                numbers.append(np.where(known, feature.values[rows], np.nan))
+        stacked = np.stack(numbers, axis=1) if numbers else np.empty((len(rows), 0))
+        return coded, stacked.astype(np.float32)
+
+    @property
+    def num_prefix(self) -> int:
+        """Prefix tokens of every user: one a user feature."""
+        return len(self.user_features)
+
+
+def _values(store: SequenceStore, column: str, rows: np.ndarray, where: str) -> np.ndarray:
+    """float32 [L] of a column of the store."""
+    found = store.actions if column == "actions" else store.columns.get(column)
+    if found is None:
+        names = [*(["actions"] if store.actions is not None else []), *sorted(store.columns)]
+        raise UserError(f"{where}={column}: {store.path} has no such column; it has {', '.join(names) or 'none'}")
+    return np.asarray(found[rows], np.float32)
+
+
+def _label(values: np.ndarray, config: TaskConfig, where: str, rows: np.ndarray) -> np.ndarray:
+    if config.kind == "regression":
+        return values.copy()
+    if config.kind == "binary" and config.threshold is not None:
+        return np.where(np.isnan(values), np.nan, values >= config.threshold).astype(np.float32)
+    levels = [0.0, 1.0] if config.kind == "binary" else config.levels
+    hint = "set its threshold" if config.kind == "binary" else "name every level"
+    return _level_index(values, levels, where, rows, hint)
+
+
+def _level_index(values: np.ndarray, levels: list[float], where: str, rows: np.ndarray, hint: str) -> np.ndarray:
+    """float32 [L]: index of each value in ``levels``, NaN for NaN."""
+    known = np.asarray(levels, np.float32)
+    index = np.searchsorted(known, values).clip(max=len(known) - 1)
+    bad = ~np.isnan(values) & (known[index] != values)
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        listed = ", ".join(f"{level:g}" for level in levels)
+        raise UserError(
+            f"{where}: event {int(rows[at])} has the value {values[at]:g}, expected one of {listed}; {hint}"
+        )
+    return np.where(np.isnan(values), np.nan, index).astype(np.float32)
+
+
+def _num_bits(config: ActionConfig) -> int:
+    return {"binary": 2, "levels": len(config.levels), "thresholds": 1 + len(config.thresholds)}[config.kind] + 1
+
+
+def _bits(values: np.ndarray, config: ActionConfig, where: str, rows: np.ndarray) -> np.ndarray:
+    """bool [L, bits]; thresholds begin with one that every present value reaches."""
+    missing = np.isnan(values)
+    if config.kind == "thresholds":
+        reached = values[:, None] >= np.asarray(config.thresholds, np.float32)
+        present = np.concatenate([~missing[:, None], reached], axis=1)
+    else:
+        levels = [0.0, 1.0] if config.kind == "binary" else config.levels
+        hint = "use kind=levels or thresholds" if config.kind == "binary" else "name every level"
+        index = _level_index(values, levels, where, rows, hint)
+        present = index[:, None] == np.arange(len(levels))
+    return np.concatenate([present, missing[:, None]], axis=1)
+
+
+# Sequences
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which events predict which. Of sequence s the rows first[s] .. split[s] are context, split[s] .. stop[s] are
+    predicted, each from all before it that the form of the model lets it see."""
+
+    users: np.ndarray
+    """[S] int64."""
+    first: np.ndarray
+    """[S] int64, absolute event row."""
+    split: np.ndarray
+    stop: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+def cut_interleaved(
+    users: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray, max_len: int, stride: int,
+    phases: np.ndarray | None = None,
+) -> Sequences:  # fmt: skip
+    """Sequences of at most ``max_len`` events in which every event of begins[u] .. ends[u] is predicted once.
+
+    A user whose events from starts[u] to ends[u] fit is one sequence. Of others the first sequence takes what fits,
+    the following ones predict ``stride`` events each after as much context as fits.
+
+    users: [U] int64, with at least one event to predict; starts: [U] their first rows; phases: [U] int in
+    0 .. stride - 1, by how much the first sequence is shortened (so that cuts fall elsewhere every epoch).
+    """
+    fits = ends - starts <= max_len
+    room = np.maximum(max_len - (begins - starts), stride)
+    if phases is not None:
+        room = np.maximum(room - phases, 1)
+    lead = np.where(fits, ends - begins, np.minimum(room, ends - begins))
+    return _cut(users, starts, begins, ends, lead, stride, lambda split, stop: stop - max_len)
+
+
+def cut_fused(
+    users: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray, max_len: int, targets: int,
+    phases: np.ndarray | None = None,
+) -> Sequences:  # fmt: skip
+    """Sequences of at most ``targets`` predicted events after at most ``max_len`` of history; as
+    :func:`cut_interleaved`, phases in 0 .. targets - 1."""
+    lead = np.full(len(users), targets, np.int64) if phases is None else targets - phases
+    lead = np.minimum(lead, ends - begins)
+    return _cut(users, starts, begins, ends, lead, targets, lambda split, stop: split - max_len)
+
+
+def _cut(users, starts, begins, ends, lead, step, earliest):  # type: ignore[no-untyped-def]
+    rest = ends - begins - lead
+    counts = 1 + -(-rest // step)
+    owner = np.repeat(np.arange(len(users)), counts)
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    split = begins[owner] + np.where(number == 0, 0, lead[owner] + (number - 1) * step)
+    stop = np.minimum(begins[owner] + lead[owner] + number * step, ends[owner])
+    first = np.maximum(starts[owner], earliest(split, stop))
+    return Sequences(users[owner], first, split, stop)
