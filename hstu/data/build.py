@@ -14,6 +14,7 @@ import polars as pl
 
 from hstu.config import DataConfig
 from hstu.data import filters
+from hstu.data.attributes import attribute_columns
 from hstu.data.buckets import Buckets, Events
 from hstu.data.order import sort_events
 from hstu.data.store import RARE_ITEM, StoreWriter
@@ -33,7 +34,9 @@ class RawLog:
 
     table: Table
     items: pl.DataFrame | None = None
-    """Item attributes, one row per item; first column ``raw_id``, unique."""
+    """Item attributes, one row per item; first column ``raw_id``, unique; floating-point columns are numbers."""
+    users: pl.DataFrame | None = None
+    """User attributes, likewise."""
     items_listed: bool = False
     """True: ``items`` is the catalogue (MovieLens); every row of it gets an id, rated or not."""
     items_name: str = ""
@@ -92,7 +95,7 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
     offsets = np.concatenate([[0], np.cumsum(stored[chosen])])
     writer.save("offsets", offsets.astype(np.int64))
     _write_events(buckets, extra, alive_users, alive_items, ids, stored, log.table.per_second, config, writer)
-    writer.save("users/raw_id", _to_numpy(users["raw_id"])[chosen])
+    _write_users(log, _to_numpy(users["raw_id"])[chosen], writer)
     _write_items(log, items, ids, built.num_items, writer)
     return built
 
@@ -188,10 +191,12 @@ def _bucket_events(
             writer.save(f"features/{name or 'action'}", _to_numpy(known))
             codes = pl.LazyFrame({role: known, f"{role} code": pl.Series(range(1, len(known) + 1), dtype=pl.Int32)})
             coded = coded.join(codes, on=role, how="left")
-            columns.append(pl.col(f"{role} code").fill_null(0).alias(role))
+            code = pl.col(f"{role} code")
+            action = code.cast(pl.Float32).fill_null(float("nan"))
+            columns.append((action if role == "action" else code.fill_null(0)).alias(role))
             dtypes[role] = np.float32 if role == "action" else np.int32
         else:
-            columns.append(pl.col(role).cast(pl.Float32))
+            columns.append(pl.col(role).cast(pl.Float32).fill_null(float("nan")))
             dtypes[role] = np.float32
     for name, values in log.row_columns.items():
         extra[name] = f"columns/{name}"
@@ -277,7 +282,14 @@ def _latest(order: np.ndarray, users: np.ndarray, limit: int) -> np.ndarray:
     return order[ends - np.arange(len(users)) <= limit]
 
 
-# Items
+# Users and items
+
+
+def _write_users(log: RawLog, raw_ids: np.ndarray, writer: StoreWriter) -> None:
+    writer.save("users/raw_id", raw_ids)
+    if log.users is not None:
+        for name, values in attribute_columns(log.users, raw_ids).items():
+            writer.save(f"users/{name}", values)
 
 
 def _write_items(log: RawLog, items: pl.DataFrame, ids: np.ndarray, num_items: int, writer: StoreWriter) -> None:
@@ -295,11 +307,7 @@ def _write_items(log: RawLog, items: pl.DataFrame, ids: np.ndarray, num_items: i
     writer.save("items/raw_id", raw_ids)
     if log.items is None:
         return
-    keyed = log.items.with_columns(pl.col("raw_id").cast(pl.String))
-    rows = pl.DataFrame({"raw_id": pl.Series(raw_ids.tolist()).cast(pl.String)})
-    attributes = rows.join(keyed, on="raw_id", how="left", maintain_order="left")
-    for name in attributes.columns[1:]:
-        text = attributes[name].cast(pl.String).fill_null("")
-        if name == "title" and (first < 0).any():
-            text = text.scatter(np.flatnonzero(first < 0), RARE_ITEM)
-        writer.save(f"items/{name}", text.to_numpy().astype(np.str_))
+    for name, values in attribute_columns(log.items, raw_ids).items():
+        if name == "title":
+            values = np.where(first < 0, RARE_ITEM, values)
+        writer.save(f"items/{name}", values)

@@ -23,15 +23,17 @@ class Field:
     """One field of a row.
 
     role: name of the output column: user, item, time, action, ``value.NAME`` or ``feature.NAME``.
-    kind: int (integer id), id (integer or string id), time, float, name (of an event, must not be empty), feature
-    (may be empty), or blank (must be empty).
+    kind: int (integer id), id (integer or string id), time, float, flag (0 or 1), name (of an event), feature (may
+    be empty), or blank (must be empty).
     column: its name as the user knows it. position: 0-based place in a row of text.
+    optional: a float or a name that may be empty.
     """
 
     role: str
     kind: str
     column: str
     position: int = -1
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,27 @@ def read_field(field: Field, dtype: pl.DataType, time: TimeFormat) -> tuple[pl.E
     if field.kind == "time":
         value, checks = _read_time(field, raw, dtype, time)
         return value, [absent, *checks]
-    if field.kind == "float":
+    if field.kind in ("float", "flag"):
         if not (dtype == pl.String or dtype == pl.Boolean or dtype.is_numeric()):
             raise UserError(f"column {field.column!r} has type {dtype}: expected numbers")
-        value = raw.cast(pl.Float32, strict=False)
-        return value, [
-            absent,
-            (value.is_null(), _quote(f"{field.column} {{}} is not a number", raw)),
-            (~value.is_finite(), _quote(f"{field.column} {{}} is not finite", raw)),
-        ]
+        return _read_float(field, raw, missing, absent)
     if field.kind == "name":
-        return raw.cast(pl.String), [absent]
+        text = raw.cast(pl.String)
+        return pl.when(text != "").then(text), [] if field.optional else [absent]
     if field.kind == "feature":
         return (pl.when(raw != "").then(raw) if dtype == pl.String else raw), []
     return _read_id(field, raw, dtype, absent)
+
+
+def _read_float(field: Field, raw: pl.Expr, missing: pl.Expr, absent: Check) -> tuple[pl.Expr, list[Check]]:
+    value = raw.cast(pl.Float32, strict=False)
+    checks = [
+        (value.is_null() & ~missing, _quote(f"{field.column} {{}} is not a number", raw)),
+        (~value.is_finite().fill_null(True), _quote(f"{field.column} {{}} is not finite", raw)),
+    ]
+    if field.kind == "flag":
+        checks.append((~value.is_in([0.0, 1.0]).fill_null(True), _quote(f"{field.column} {{}} is not 0 or 1", raw)))
+    return value, checks if field.optional else [absent, *checks]
 
 
 def _read_id(field: Field, raw: pl.Expr, dtype: pl.DataType, absent: Check) -> tuple[pl.Expr, list[Check]]:

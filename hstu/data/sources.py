@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -76,17 +77,21 @@ def _given(raw: str) -> list[Path]:
 
 # Archives
 
+_DAMAGED = (zipfile.BadZipFile, tarfile.ReadError, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError)
+
 
 def unpacked(path: Path, config: DataConfig) -> Path:
     """The folder or file that ``path`` unpacks to under ``<root>/raw``; ``path`` itself where it is no archive."""
     suffix = path.suffix.lower()
-    if not path.is_file() or suffix not in (".zip", ".gz"):
+    if not path.is_file() or suffix not in (".zip", ".gz", ".tgz"):
         return path
+    is_tar = path.name.lower().endswith((".tar.gz", ".tgz"))
+    is_archive = is_tar or suffix == ".zip"
     stat = path.stat()
     tag = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
     base = Path(config.root).expanduser() / "raw"
-    folder = _raw_folder(config) if path.parent == base and suffix == ".zip" else base / f"{path.stem}-{tag}"
-    target = folder if suffix == ".zip" else folder / path.stem
+    folder = _raw_folder(config) if path.parent == base and is_archive else base / f"{path.stem}-{tag}"
+    target = folder if is_archive else folder / path.stem
     if target.exists():
         return target
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -94,12 +99,14 @@ def unpacked(path: Path, config: DataConfig) -> Path:
     try:
         if suffix == ".zip":
             _unzip(path, temporary)
+        elif is_tar:
+            _untar(path, temporary)
         else:
             temporary.mkdir()
             _gunzip(path, temporary / path.stem)
         with contextlib.suppress(FileExistsError):
             os.rename(temporary, folder)
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError) as error:
+    except _DAMAGED as error:
         mend = "delete it and run again" if config.raw is None else "fetch it again"
         raise UserError(f"{path} is truncated or corrupt ({error}): {mend}") from None
     finally:
@@ -114,6 +121,14 @@ def _unzip(path: Path, folder: Path) -> None:
             if Path(member.filename).is_absolute() or ".." in parts:
                 raise UserError(f"{path} holds the unsafe path {member.filename!r}: not unpacked")
         archive.extractall(folder)
+
+
+def _untar(path: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+    except tarfile.FilterError as error:
+        raise UserError(f"{path} holds an unsafe path ({error}): not unpacked") from None
 
 
 def _gunzip(path: Path, target: Path) -> None:

@@ -85,8 +85,16 @@ class SequenceStore:
                 )
 
     def item_attribute(self, name: str) -> np.ndarray | None:
-        """[num_items] attribute of item i+1 (``title``, ``genres``, ...), or None where the source has none."""
+        """[num_items] attribute of item i+1 (``title``, ``genres``, ...), or None where the source has none.
+
+        Unicode (missing: empty) or, where it is a number, float32 (missing: NaN).
+        """
         path = self.path / "items" / f"{name}.npy"
+        return _load(path) if path.exists() else None
+
+    def user_attribute(self, name: str) -> np.ndarray | None:
+        """[U] attribute of user u (``gender``, ``age``, ...), or None where the source has none; types as above."""
+        path = self.path / "users" / f"{name}.npy"
         return _load(path) if path.exists() else None
 
     def feature_values(self, name: str) -> np.ndarray | None:
@@ -235,6 +243,7 @@ def write_store(
     user_raw_ids: np.ndarray | None = None,
     item_raw_ids: np.ndarray | None = None,
     item_attributes: dict[str, np.ndarray] | None = None,
+    user_attributes: dict[str, np.ndarray] | None = None,
     num_items: int | None = None,
 ) -> SequenceStore:
     """Writes a store from arrays in memory (synthetic logs, tests) and opens it.
@@ -259,5 +268,7 @@ def write_store(
         writer.save("items/raw_id", items)
         for name, column in (item_attributes or {}).items():
             writer.save(f"items/{name}", column)
+        for name, column in (user_attributes or {}).items():
+            writer.save(f"users/{name}", column)
         writer.finish(meta)
     return SequenceStore.open(path)

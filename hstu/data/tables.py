@@ -80,6 +80,8 @@ class Table:
     num_rows: int
     per_second: int
     """Units of the column ``time`` in a second."""
+    last_row: int
+    """Global number of the last row."""
 
     def scan(self) -> pl.LazyFrame:
         return pl.scan_ipc(self.parts)
@@ -105,7 +107,7 @@ def read_tables(files: list[Path], layouts: list[Layout], work: Path, rejects: R
     if num_rows == 0:
         detail = f"; the first bad one: {rejects.first}" if rejects.first else ""
         raise UserError(f"no usable row in {files[0]}{' and the other files' if len(files) > 1 else ''}{detail}")
-    return Table(parts, files, first_rows, num_rows, layouts[0].time.per_second)
+    return Table(parts, files, first_rows, num_rows, layouts[0].time.per_second, rows)
 
 
 def _check_types(parts: list[Path], files: list[Path]) -> None:
@@ -177,7 +179,7 @@ def _scan_text(file: Path, layout: Layout) -> pl.LazyFrame:
 def _native_type(f: Field, time: TimeFormat) -> Any:
     if f.kind == "time":
         return pl.String if time.kind == "iso" else pl.Float64 if time.fractional else pl.Int64
-    return {"int": pl.Int64, "float": pl.Float32}.get(f.kind, pl.String)
+    return {"int": pl.Int64, "float": pl.Float32, "flag": pl.Float32}.get(f.kind, pl.String)
 
 
 def _checked(frame: pl.LazyFrame, layout: Layout, before: int, header_lines: int) -> pl.LazyFrame:

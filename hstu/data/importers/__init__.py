@@ -13,6 +13,7 @@ _MODULES = {
     "movielens-dat": "movielens",
     "movielens-csv": "movielens",
     "amazon-2014": "amazon",
+    "kuairand": "kuairand",
     "log": "log",
 }
 

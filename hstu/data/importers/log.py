@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from hstu.config import DataConfig
+from hstu.data.attributes import read_attributes
 from hstu.data.build import RawLog
 from hstu.data.fields import Field, TimeFormat, find_time_format
 from hstu.data.sources import unpacked
@@ -28,19 +29,28 @@ _SAMPLE_ROWS = 1000
 
 
 def files(config: DataConfig, raw: list[Path]) -> list[Path]:
-    """The shards in the order of their paths, and the file of item attributes last."""
+    """The shards in the order of their paths, then the files of item and user attributes."""
     shards: list[Path] = []
     for path in raw:
         shards += _in_folder(path, config) if path.is_dir() else [path]
     shards = [unpacked(shard, config) for shard in shards]
-    items = Path(config.items_file).expanduser() if config.items_file else None
-    if items is not None and not items.is_file():
-        raise UserError(f"data.items_file={config.items_file}: no such file")
-    if items is not None:
-        shards = [s for s in shards if s.resolve() != items.resolve()]
+    attributes = [_existing(key, path) for key, path in _attribute_files(config).items()]
+    shards = [s for s in shards if s.resolve() not in [a.resolve() for a in attributes]]
     if not shards:
         raise UserError(f"{raw[0]} holds no log: expected files ending in {', '.join(FORMATS)}")
-    return [*shards, items] if items is not None else shards
+    return [*shards, *attributes]
+
+
+def _attribute_files(config: DataConfig) -> dict[str, str]:
+    given = {"items_file": config.items_file, "users_file": config.users_file}
+    return {key: path for key, path in given.items() if path}
+
+
+def _existing(key: str, given: str) -> Path:
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.{key}={given}: no such file")
+    return path
 
 
 def _in_folder(folder: Path, config: DataConfig) -> list[Path]:
@@ -57,7 +67,8 @@ def _in_folder(folder: Path, config: DataConfig) -> list[Path]:
 
 
 def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
-    shards = paths[:-1] if config.items_file else paths
+    attributes = _attribute_files(config)
+    shards = paths[: len(paths) - len(attributes)]
     layouts: list[Layout] = []
     time: TimeFormat | None = None
     for shard in shards:
@@ -69,8 +80,11 @@ def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) ->
     assert time is not None
     if time.auto:
         log.notes.append(f"times read as {time.unit} by their magnitude (data.time_unit=auto)")
-    if config.items_file:
-        log.items = _read_items(paths[-1])
+    frames = {
+        key: _read_attributes(key, path, config) for key, path in zip(attributes, paths[len(shards) :], strict=True)
+    }
+    _check_numeric(frames, config)
+    log.items, log.users = frames.get("items_file"), frames.get("users_file")
     return log
 
 
@@ -119,7 +133,8 @@ def _fields(path: Path, config: DataConfig, names: list[str], place: str) -> tup
             raise UserError(
                 f"{path}{place}: no column {column!r} ({key}) among {', '.join(names)}{_near(column, names, key)}"
             )
-        fields.append(Field(role, kind, column, names.index(column)))
+        optional = kind == "float" and column in config.columns.optional
+        fields.append(Field(role, kind, column, names.index(column), optional))
     return tuple(fields)
 
 
@@ -208,7 +223,7 @@ def _with_action_kind(fields: tuple[Field, ...], rows: list[list[Any]], width: i
         if f.role == "action":
             values = [row[f.position] for row in rows if len(row) == width and row[f.position] not in ("", None)]
             if values and not any(_is_number(str(json_text(v))) for v in values):
-                f = Field(f.role, "name", f.column, f.position)
+                f = dataclasses.replace(f, kind="name")
         found.append(f)
     return tuple(found)
 
@@ -259,8 +274,7 @@ def _parquet_layout(path: Path, config: DataConfig, time: TimeFormat | None) -> 
         raise UserError(f"{path} cannot be read as Parquet ({reason}): it may be truncated; fetch it again") from None
     named = (pl.String, pl.Categorical, pl.Enum)
     fields = tuple(
-        Field(f.role, "name", f.column, f.position) if f.role == "action" and schema[f.column] in named else f
-        for f in fields
+        dataclasses.replace(f, kind="name") if f.role == "action" and schema[f.column] in named else f for f in fields
     )
     return Layout("parquet", fields, time)
 
@@ -278,21 +292,22 @@ def _same_types(layouts: list[Layout], shards: list[Path]) -> list[Layout]:
     ]
 
 
-# Item attributes
+# Attributes
 
 
-def _read_items(path: Path) -> pl.DataFrame:
-    """``raw_id`` (the file's first column) and every other column of ``data.items_file``."""
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            items = pl.read_parquet(path)
-        else:
-            separator = next((s for s in SEPARATORS if s in _first_lines(path)[0]), ",")
-            items = pl.read_csv(path, separator=separator, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"data.items_file={path} cannot be read: {str(error).splitlines()[0]}") from None
-    items = items.rename({items.columns[0]: "raw_id"}).filter(pl.col("raw_id").is_not_null())
-    twice = items.filter(pl.col("raw_id").is_duplicated())
-    if len(twice):
-        raise UserError(f"data.items_file={path}: item {twice['raw_id'][0]!r} occurs twice: keep one row for each item")
-    return items
+def _read_attributes(key: str, path: Path, config: DataConfig) -> pl.DataFrame:
+    """``raw_id`` (the file's first column) and every other column of ``data.items_file`` or ``data.users_file``."""
+    separator = ","
+    if path.suffix.lower() not in (".parquet", ".pq"):
+        separator = next((s for s in SEPARATORS if s in _first_lines(path)[0]), ",")
+    return read_attributes(path, f"data.{key}=", separator=separator, numeric=config.columns.numeric)
+
+
+def _check_numeric(frames: dict[str, pl.DataFrame], config: DataConfig) -> None:
+    known = [name for frame in frames.values() for name in frame.columns[1:]]
+    for name in config.columns.numeric:
+        if name not in known:
+            raise UserError(
+                f"data.columns.numeric={name}: expected columns of data.items_file and data.users_file"
+                f" ({', '.join(known) or 'none given'})"
+            )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -28,11 +30,17 @@ class Format:
     header: bool
     encoding: str
     movies_separator: str
+    users: str | None = None
+    """Optional file of user attributes, written with the separator of the movies file."""
+    user_fields: tuple[str, ...] = ()
+    """Its fields between the id and the zip code."""
 
 
+USERS_100K = ("age", "gender", "occupation")
+USERS_1M = ("gender", "age", "occupation")
 FORMATS = {
-    "movielens-100k": Format("u.data", "u.item", "\t", False, "latin-1", "|"),
-    "movielens-dat": Format("ratings.dat", "movies.dat", "::", False, "latin-1", "::"),
+    "movielens-100k": Format("u.data", "u.item", "\t", False, "latin-1", "|", "u.user", USERS_100K),
+    "movielens-dat": Format("ratings.dat", "movies.dat", "::", False, "latin-1", "::", "users.dat", USERS_1M),
     "movielens-csv": Format("ratings.csv", "movies.csv", ",", True, "utf-8", ","),
 }
 COLUMNS = ("userId", "movieId", "rating", "timestamp")
@@ -43,7 +51,7 @@ GENRES_100K = (
 
 
 def files(config: DataConfig, raw: list[Path]) -> list[Path]:
-    """Ratings, movies and, where it lies beside them, the flags of estimated timestamps."""
+    """Ratings, movies and, where they lie beside them, the flags of estimated timestamps and the users."""
     form = FORMATS[config.source]
     found: list[Path] = []
     for name in (form.ratings, form.movies):
@@ -53,8 +61,8 @@ def files(config: DataConfig, raw: list[Path]) -> list[Path]:
         if path is None:
             raise UserError(f"no {name} in {raw[0]}: data={config.name} needs {form.ratings} and {form.movies} there")
         found.append(path)
-    flags = found[0].parent / ESTIMATED
-    return [*found, flags] if flags.is_file() else found
+    optional = [found[0].parent / name for name in (ESTIMATED, form.users) if name is not None]
+    return [*found, *(path for path in optional if path.is_file())]
 
 
 def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
@@ -68,8 +76,11 @@ def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) ->
     layout = Layout("csv", fields, TimeFormat(), form.separator, len(COLUMNS), form.header, quote=False)
     table = read_tables(paths[:1], [layout], work, rejects)
     log = RawLog(table, _read_movies(paths[1], form, rejects), items_listed=True, items_name=paths[1].name)
-    if len(paths) > 2:
-        _add_flags(log, paths[2])
+    for path in paths[2:]:
+        if path.name == ESTIMATED:
+            _add_flags(log, path)
+        else:
+            log.users = _read_users(path, form, rejects)
     return log
 
 
@@ -78,7 +89,7 @@ def _add_flags(log: RawLog, path: Path) -> None:
         flags = np.load(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): mend or remove it") from None
-    last_row = log.table.scan().select(pl.col("row").max()).collect().item()
+    last_row = log.table.last_row
     if flags.ndim != 1 or len(flags) < last_row:
         raise UserError(f"{path} has shape {flags.shape}, expected one flag for each of {last_row} ratings")
     log.row_columns["timestamp_estimated"] = flags.astype(np.int32)
@@ -92,41 +103,64 @@ def _check_header(path: Path, names: tuple[str, ...]) -> None:
         raise UserError(f"{path}, row 1: expected the header {','.join(names)}, got {header[:80]!r}")
 
 
-def _read_movies(path: Path, form: Format, rejects: Rejects) -> pl.DataFrame:
-    """raw_id, title, genres of every film, ascending by id."""
-    rows: dict[int, tuple[str, str]] = {}
+def _cells(path: Path, form: Format) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of every line of a movies or users file that is not blank."""
     with open(path, encoding=form.encoding, newline="") as file:
         lines = csv.reader(file) if form.header else (line.rstrip("\r\n").split(form.movies_separator) for line in file)
         try:
             for number, cells in enumerate(lines, start=1):
-                if not cells or cells == [""] or (form.header and number == 1):
-                    continue
-                problem = _movie_problem(cells, form, rows)
-                if problem:
-                    rejects.add(path, number, problem, form.movies_separator.join(cells))
-                    continue
-                genres = cells[2]
-                if form.movies_separator == "|":
-                    genres = "|".join(g for g, flag in zip(GENRES_100K, cells[-19:], strict=True) if flag == "1")
-                rows[int(cells[0])] = (cells[1], genres)
+                if cells and cells != [""] and not (form.header and number == 1):
+                    yield number, cells
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: {error.reason}, expected {form.encoding} text: fetch the file again") from None
+
+
+def _read_movies(path: Path, form: Format, rejects: Rejects) -> pl.DataFrame:
+    """raw_id, title, genres of every film, ascending by id."""
+    rows: dict[int, tuple[str, ...]] = {}
+    for number, cells in _cells(path, form):
+        expected = 24 if form.movies_separator == "|" else 3
+        problem = _problem(cells, form, expected, "movieId", rows)
+        if problem:
+            rejects.add(path, number, problem, form.movies_separator.join(cells))
+            continue
+        genres = cells[2]
+        if form.movies_separator == "|":
+            genres = "|".join(g for g, flag in zip(GENRES_100K, cells[-19:], strict=True) if flag == "1")
+        rows[int(cells[0])] = (cells[1], genres)
     if not rows:
         raise UserError(f"{path} lists no film: fetch the file again")
+    return _frame(rows, ("title", "genres"))
+
+
+def _read_users(path: Path, form: Format, rejects: Rejects) -> pl.DataFrame:
+    """raw_id, age, gender, occupation of every user, ascending by id. The zip code is left out.
+
+    The age of 100K is a number; that of 1M is the lower end of a range and so a text.
+    """
+    rows: dict[int, tuple[str, ...]] = {}
+    for number, cells in _cells(path, form):
+        problem = _problem(cells, form, len(form.user_fields) + 2, "userId", rows)
+        age = cells[1 + form.user_fields.index("age")] if problem is None else ""
+        if problem is None and not age.isdigit():
+            problem = f"age '{age}' is not an integer"
+        if problem:
+            rejects.add(path, number, problem, form.movies_separator.join(cells))
+            continue
+        rows[int(cells[0])] = tuple(cells[1:-1])
+    found = _frame(rows, form.user_fields)
+    return found.with_columns(pl.col("age").cast(pl.Float32)) if form.users == "u.user" else found
+
+
+def _frame(rows: dict[int, tuple[str, ...]], names: tuple[str, ...]) -> pl.DataFrame:
     ids = sorted(rows)
-    return pl.DataFrame(
-        {
-            "raw_id": pl.Series(ids, dtype=pl.Int64),
-            "title": [rows[i][0] for i in ids],
-            "genres": [rows[i][1] for i in ids],
-        }
-    )
+    columns = {name: pl.Series([rows[i][place] for i in ids], dtype=pl.String) for place, name in enumerate(names)}
+    return pl.DataFrame({"raw_id": pl.Series(ids, dtype=pl.Int64), **columns})
 
 
-def _movie_problem(cells: list[str], form: Format, rows: dict[int, tuple[str, str]]) -> str | None:
-    expected = 24 if form.movies_separator == "|" else 3
+def _problem(cells: list[str], form: Format, expected: int, key: str, rows: dict[int, Any]) -> str | None:
     if len(cells) != expected:
         return f"expected {expected} fields separated by {form.movies_separator!r}, got {len(cells)}"
     if not cells[0].strip().isdigit():
-        return f"movieId '{cells[0]}' is not an integer"
-    return f"movieId '{cells[0]}' occurs twice" if int(cells[0]) in rows else None
+        return f"{key} '{cells[0]}' is not an integer"
+    return f"{key} '{cells[0]}' occurs twice" if int(cells[0]) in rows else None
