@@ -50,14 +50,50 @@ def make_split(store: SequenceStore, selection: str = "validation") -> Split:
 
     selection: ``validation``, or ``reference`` (only the test targets are held out, as for the published numbers).
     """
+    return _leave_last_out(store, selection) if _is_leave_last_out(store, selection) else _global_time(store, selection)
+
+
+def make_event_split(store: SequenceStore, selection: str = "validation") -> Split:
+    """The split for ranking: like :func:`make_split`, but every event of the held-out parts is a target.
+
+    global-time: validation targets are all events in [Tv, T), test targets all events from T on, also those of
+    users without any event before (cold users are scored). A user's targets are consecutive rows.
+    leave-last-out: as :func:`make_split`, one target of a user in each part.
+
+    Raises UserError where no event lies from T on, or too few before it to train on.
+    """
+    if _is_leave_last_out(store, selection):
+        return _leave_last_out(store, selection)
+    starts, ends = store.offsets[:-1], store.offsets[1:]
+    time = resolve_split_time(store.meta["split"]["time"], store.timestamps)
+    test_start = starts + _events_before(store, time)
+    num_before = int((test_start - starts).sum())
+    if num_before in (0, store.num_events):
+        where = "before" if num_before == 0 else "at or after"
+        raise UserError(f"data.split_time={store.meta['split']['time']}: no event lies {where} it")
+    test = _all_events(test_start, ends)
+    if selection == "reference":
+        return Split(test_start, None, test)
+    train_end = starts + _events_before(store, _validation_time(store, time, num_before))
+    return Split(train_end, _all_events(train_end, test_start), test)
+
+
+def _is_leave_last_out(store: SequenceStore, selection: str) -> bool:
+    """Whether the store's split is leave-last-out and not global-time; checks ``selection`` too."""
     if selection not in ("validation", "reference"):
         raise ValueError(f"selection={selection!r}: expected validation or reference")
     kind = store.meta["split"]["kind"]
-    if kind == "leave-last-out":
-        return _leave_last_out(store, selection)
-    if kind == "global-time":
-        return _global_time(store, selection)
-    raise UserError(f"split {kind!r} in {store.path}: expected leave-last-out or global-time")
+    if kind not in ("leave-last-out", "global-time"):
+        raise UserError(f"split {kind!r} in {store.path}: expected leave-last-out or global-time")
+    return bool(kind == "leave-last-out")
+
+
+def _all_events(starts: np.ndarray, ends: np.ndarray) -> Targets:
+    """Every row of starts[u] .. ends[u], user by user."""
+    counts = (ends - starts).astype(np.int64)
+    users = np.repeat(np.arange(len(counts)), counts)
+    shift = starts - (np.cumsum(counts) - counts)
+    return Targets(users, np.arange(len(users), dtype=np.int64) + np.repeat(shift, counts))
 
 
 def _leave_last_out(store: SequenceStore, selection: str) -> Split:
@@ -85,7 +121,12 @@ def _global_time(store: SequenceStore, selection: str) -> Split:
         raise UserError(f"data.split_time={store.meta['split']['time']}: no user has events both before and after it")
     if selection == "reference":
         return Split(test_rows, None, test)
-    before = int((test_rows - starts).sum())
+    train_end = starts + _events_before(store, _validation_time(store, time, int((test_rows - starts).sum())))
+    return Split(train_end, _targets(starts, train_end, test_rows), test)
+
+
+def _validation_time(store: SequenceStore, time: int, before: int) -> int:
+    """Tv: as many events lie in [Tv, time) as from ``time`` on (more where Tv is a tie). before: events before time."""
     after = store.num_events - before
     if after >= before:
         raise UserError(
@@ -93,9 +134,7 @@ def _global_time(store: SequenceStore, selection: str) -> Split:
             "which leaves none to train on beside a validation part; take a later time or run.selection=reference"
         )
     times = np.asarray(store.timestamps)
-    validation_time = int(np.partition(times[times < time], before - after)[before - after])
-    train_end = starts + _events_before(store, validation_time)
-    return Split(train_end, _targets(starts, train_end, test_rows), test)
+    return int(np.partition(times[times < time], before - after)[before - after])
 
 
 def _events_before(store: SequenceStore, time: int) -> np.ndarray:
