@@ -6,6 +6,7 @@ Legend: B users, L total events, N padded length, D model width.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,16 +17,42 @@ from hstu.data.batches import Batch
 from hstu.model.bias import time_buckets
 from hstu.model.layer import HSTULayer
 from hstu.seeding import derive
-from kernels.attention import AttentionPlan, Mask, make_plan
+from kernels._dropout import seeded_dropout
+from kernels.attention import AttentionPlan, Mask, make_plan, sequence_positions
 from kernels.jagged import add_positions
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where each user's tokens lie and when they happen.
+
+    Attributes:
+        offsets: [B+1] int64.
+        max_len: longest user.
+        timestamps: [L] int64, s.
+        request_times: [L] int64, s. When the prediction at each token is asked for.
+        num_targets: [B] int64. Tokens at each user's end that are targets, or None.
+        contextual: tokens at each user's start that see all of the history.
+    """
+
+    offsets: Tensor
+    max_len: int
+    timestamps: Tensor
+    request_times: Tensor
+    num_targets: Tensor | None = None
+    contextual: int = 0
+
+
 class Encoder(nn.Module):
-    """What every encoder is: a plan from the batch alone, and a map from item embeddings to outputs."""
+    """What every encoder is: a plan from the batch alone, and a map from token embeddings to outputs."""
 
     def plan(self, batch: Batch) -> AttentionPlan:
-        """Layout shared by all layers. Needs no parameters, so a loader thread can make it ahead of time."""
-        return make_plan(batch.offsets, batch.max_len)
+        """Plan of a batch whose tokens are its events."""
+        return self.plan_tokens(Layout(batch.offsets, batch.max_len, batch.timestamps, batch.request_times))
+
+    def plan_tokens(self, layout: Layout) -> AttentionPlan:
+        """Plan shared by all layers. Needs no parameters, so a loader thread can make it ahead of time."""
+        return make_plan(layout.offsets, layout.max_len)
 
     def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
         """events: [L, D] item embeddings; seed: of all dropout, None in evaluation. Returns [L, D]."""
@@ -47,6 +74,9 @@ class InputStage(nn.Module):
 
     def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
         scale = math.sqrt(events.shape[1])
+        if plan.num_targets is not None or plan.is_delta:  # a row's place is not its number in the batch
+            x = torch.add(self.position[sequence_positions(plan)], events, alpha=scale)
+            return seeded_dropout(x, self.dropout, seed)
         return add_positions(events, self.position, plan.offsets, scale, plan.max_len, self.dropout, seed)
 
 
@@ -63,12 +93,17 @@ class HSTUEncoder(Encoder):
         self.mask = Mask(window=config.window, full_rows=config.full_rows)
         self.count_rows = config.divisor == "row_count"
 
-    def plan(self, batch: Batch) -> AttentionPlan:
+    def plan_tokens(self, layout: Layout) -> AttentionPlan:
         times: tuple[Any, ...] = (None, None, None)
         if self.time_buckets is not None:
-            query_time = batch.request_times if self.request_time else batch.timestamps
-            times = (query_time, batch.timestamps, self.time_buckets)
-        return make_plan(batch.offsets, batch.max_len, *times, mask=self.mask, count_rows=self.count_rows)
+            query_time = layout.request_times if self.request_time else layout.timestamps
+            times = (query_time, layout.timestamps, self.time_buckets)
+        return make_plan(
+            layout.offsets, layout.max_len, *times,
+            mask=replace(self.mask, contextual=layout.contextual),
+            num_targets=layout.num_targets,
+            count_rows=self.count_rows,
+        )  # fmt: skip
 
     def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
         x = self.input(events, plan, layer_seed(seed, 0))

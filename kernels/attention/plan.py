@@ -178,6 +178,11 @@ def _positions(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     return positions_of(plan.offsets, user.shape[0]) + (keys - lengths)[user], history[user]
 
 
+def sequence_positions(plan: AttentionPlan) -> Tensor:
+    """[L] int64: place of each query row in its user's sequence; targets stand right after the history."""
+    return torch.minimum(*_positions(plan))
+
+
 def _num_query_rows(plan: AttentionPlan) -> int:
     """L; known on the host from the times, else read from the offsets."""
     return plan.query_time.shape[0] if plan.query_time is not None else int(plan.offsets[-1])

@@ -1,0 +1,258 @@
+"""Ranking batches: sequences of events with their actions, features and labels, gathered without a loop over users.
+
+Legend: S sequences in the batch, L events, T predicted events, F features, V values of all features.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hstu.config import Config
+from hstu.data.batches import cut_batches
+from hstu.data.ranking import RankingData, Sequences, cut_fused, cut_interleaved
+from hstu.data.splits import Split, Targets
+from hstu.errors import UserError
+from hstu.seeding import derive
+
+ORDER_SEED, PHASE_SEED = 102, 103
+"""Purpose numbers of the seeds that shuffle sequences and move their cuts."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of n rows in the layout of torchrec's KeyedJaggedTensor.
+
+    Attributes:
+        keys: names of the F categorical features.
+        values: [V] int64. Codes, feature after feature.
+        lengths: [F * n] int64. Values of each row, at least 1, feature after feature.
+        counts: how many values each feature has.
+        numbers: [n, numeric features] float32, standardised, NaN where missing.
+    """
+
+    keys: tuple[str, ...]
+    values: Tensor
+    lengths: Tensor
+    counts: tuple[int, ...]
+    numbers: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.numbers.shape[0])
+
+
+def make_features(coded: dict[str, tuple[np.ndarray, np.ndarray]], numbers: np.ndarray) -> Features:
+    """coded: name -> values [V_f] and lengths [n]; numbers: [n, numeric features] float32."""
+    values = [v for v, _ in coded.values()]
+    lengths = [n for _, n in coded.values()]
+    return Features(
+        tuple(coded),
+        torch.from_numpy(np.concatenate([np.empty(0, np.int64), *values])),
+        torch.from_numpy(np.concatenate([np.empty(0, np.int64), *lengths])),
+        tuple(len(v) for v in values),
+        torch.from_numpy(np.ascontiguousarray(numbers, np.float32)),
+    )
+
+
+@dataclass(frozen=True)
+class RankingBatch:
+    """Events of S sequences; the last ``num_targets[s]`` of each are predicted.
+
+    Attributes:
+        offsets: [S+1] int64.
+        item_ids: [L] int64, 1..num_items.
+        timestamps: [L] int64, s.
+        action_bits: [L, bits] float32, 0 or 1.
+        num_targets: [S] int64.
+        targets: [T] int64. Places of the predicted events among the L.
+        labels: task -> [T] float32, NaN where missing. Empty where none are wanted.
+        rows: [T] int64. Event rows of the store.
+        users: [S] int64. User rows of the store; -1: a user outside it.
+        item_features: of the L events; user_features: of the S sequences.
+        max_len: longest sequence; max_targets: most predicted events of one.
+    """
+
+    offsets: Tensor
+    item_ids: Tensor
+    timestamps: Tensor
+    action_bits: Tensor
+    num_targets: Tensor
+    targets: Tensor
+    labels: dict[str, Tensor]
+    rows: Tensor
+    users: Tensor
+    item_features: Features
+    user_features: Features
+    max_len: int
+    max_targets: int
+
+    def to(self, device: torch.device) -> RankingBatch:
+        """The batch on ``device``."""
+        return _to(self, device)  # type: ignore[no-any-return]
+
+    @property
+    def num_events(self) -> int:
+        """Predicted events."""
+        return int(self.targets.shape[0])
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, RankingBatch | Features):
+        return type(value)(**{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def gather(data: RankingData, sequences: Sequences, with_labels: bool = True) -> RankingBatch:
+    """The batch of ``sequences``, on the CPU."""
+    lengths = sequences.stop - sequences.first
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(offsets[-1])
+    rows = np.arange(total) + np.repeat(sequences.first - offsets[:-1], lengths)
+    num_targets = sequences.stop - sequences.split
+    targets = np.flatnonzero(rows >= np.repeat(sequences.split, lengths))
+    store = data.store
+    item_ids, times = store.item_ids[rows].astype(np.int64), np.asarray(store.timestamps[rows])
+    labels = {}
+    if with_labels:
+        labels = {task: torch.from_numpy(data.label(task, rows[targets])) for task in data.config.tasks}
+    return RankingBatch(
+        offsets=torch.from_numpy(offsets),
+        item_ids=torch.from_numpy(item_ids),
+        timestamps=torch.from_numpy(times),
+        action_bits=torch.from_numpy(data.action_bits(rows).astype(np.float32)),
+        num_targets=torch.from_numpy(num_targets),
+        targets=torch.from_numpy(targets),
+        labels=labels,
+        rows=torch.from_numpy(rows[targets]),
+        users=torch.from_numpy(sequences.users),
+        item_features=make_features(*data.token_features(item_ids, times, data.event_values(rows))),
+        user_features=make_features(*data.prefix_features(sequences.users)),
+        max_len=int(lengths.max(initial=0)),
+        max_targets=int(num_targets.max(initial=0)),
+    )
+
+
+def cut(config: Config, users: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray,
+        phase_seed: int | None = None) -> Sequences:  # fmt: skip
+    """The sequences in which the config's form predicts the events begins[u] .. ends[u] of each user."""
+    ranking, max_len = config.ranking, config.model.max_len
+    assert ranking is not None
+    fused = ranking.form == "fused"
+    step = ranking.targets if fused else min(ranking.stride or -(-max_len // 2), max_len)
+    phases = None
+    if phase_seed is not None:
+        phases = np.random.Generator(np.random.PCG64(phase_seed)).integers(0, step, len(users))
+    return (cut_fused if fused else cut_interleaved)(users, starts, begins, ends, max_len, step, phases)
+
+
+class RankingBatches:
+    """Training batches; ``batch(epoch, step)`` is a pure function of (seed, epoch, step).
+
+    Every training event is predicted once an epoch. Where a user's events need several sequences, their cuts move
+    from epoch to epoch.
+
+    Args:
+        data: what to train on.
+        split: users' training events end at ``split.train_end``.
+        config: form, lengths, batch size, seed.
+    """
+
+    def __init__(self, data: RankingData, split: Split, config: Config) -> None:
+        self.data, self.config = data, config
+        offsets = data.store.offsets
+        self.users = np.flatnonzero(split.train_end > offsets[:-1]).astype(np.int64)
+        if len(self.users) == 0:
+            raise UserError(f"{data.store.path}: no event lies in the training part; take a later data.split_time")
+        self.num_skipped = int(data.store.num_users - len(self.users))
+        self.starts, self.ends = offsets[:-1][self.users], split.train_end[self.users]
+        self._epoch: int | None = None
+        self._sequences = Sequences(*(np.empty(0, np.int64),) * 4)
+        self._bounds = np.empty(0, np.int64)
+        self._lock = threading.Lock()
+
+    def _enter(self, epoch: int) -> tuple[Sequences, np.ndarray]:
+        with self._lock:
+            if self._epoch != epoch:
+                seed, run = self.config.seed, self.config.run
+                phase = derive(seed, PHASE_SEED, epoch)
+                whole = cut(self.config, self.users, self.starts, self.starts, self.ends, phase)
+                order = np.random.Generator(np.random.PCG64(derive(seed, ORDER_SEED, epoch))).permutation(len(whole))
+                self._sequences = take(whole, order)
+                lengths = self._sequences.stop - self._sequences.first
+                self._bounds = cut_batches(lengths, run.batch_users, run.batch_tokens)
+                self._epoch = epoch
+            return self._sequences, self._bounds
+
+    def num_steps(self, epoch: int) -> int:
+        """Batches in the epoch; it can differ between epochs."""
+        return len(self._enter(epoch)[1]) - 1
+
+    def batch(self, epoch: int, step: int) -> RankingBatch:
+        sequences, bounds = self._enter(epoch)
+        return gather(self.data, take(sequences, slice(bounds[step], bounds[step + 1])))
+
+
+class ProgressiveBatches:
+    """One pass over all events in time order: step i holds the next ``ranking.batch_events`` of them.
+
+    Events of one second stay in the order of the store. Each event is predicted once, from everything its user did
+    before, whichever step that was in.
+    """
+
+    def __init__(self, data: RankingData, config: Config) -> None:
+        self.data, self.config = data, config
+        store = data.store
+        self.users = np.arange(store.num_users)
+        self.num_skipped = 0
+        self.order = np.argsort(np.asarray(store.timestamps), kind="stable")
+        assert config.ranking is not None
+        self.batch_events = config.ranking.batch_events
+
+    def num_steps(self, epoch: int) -> int:
+        """Batches of the pass."""
+        return -(-len(self.order) // self.batch_events)
+
+    def batch(self, epoch: int, step: int) -> RankingBatch:
+        rows = np.sort(self.order[step * self.batch_events : (step + 1) * self.batch_events])
+        return gather(self.data, target_sequences(self.data, self.config, rows))
+
+
+def take(sequences: Sequences, index: np.ndarray | slice) -> Sequences:
+    """Some of the sequences, in the order of ``index``."""
+    parts = sequences.users, sequences.first, sequences.split, sequences.stop
+    return Sequences(*(part[index] for part in parts))
+
+
+def target_sequences(data: RankingData, config: Config, rows: np.ndarray) -> Sequences:
+    """Sequences that predict exactly the events ``rows`` (ascending), which follow each other within a user.
+
+    Raises ValueError where a user's rows have gaps.
+    """
+    offsets = data.store.offsets
+    owner = np.searchsorted(offsets, rows, side="right") - 1
+    users, at, counts = np.unique(owner, return_index=True, return_counts=True)
+    begins = rows[at]
+    if np.any(rows[at + counts - 1] - begins + 1 != counts):
+        raise ValueError("rows: expected events of each user that follow one another")
+    return cut(config, users, offsets[users], begins, begins + counts)
+
+
+def ranking_eval_batches(data: RankingData, config: Config, targets: Targets) -> Iterator[RankingBatch]:
+    """Batches that predict every target once, users in the order of ``targets``."""
+    sequences = target_sequences(data, config, np.asarray(targets.rows))
+    lengths = sequences.stop - sequences.first
+    size = config.eval.batch_users
+    bounds = cut_batches(lengths, size, size * 64)
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        yield gather(data, take(sequences, slice(start, min(stop, len(sequences)))))

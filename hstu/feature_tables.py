@@ -1,0 +1,105 @@
+"""Embeddings of categorical features: torchrec's EmbeddingCollection, or plain torch tables of the same names.
+
+Legend: n rows, V values of a feature, D model width, F features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hstu.data.ranking_batches import Features
+from hstu.embedding import INIT_STD
+
+
+@cache
+def has_torchrec() -> bool:
+    """Whether torchrec and the fbgemm ops it needs can be imported."""
+    if importlib.util.find_spec("torchrec") is None or importlib.util.find_spec("fbgemm_gpu") is None:
+        return False
+    try:
+        import torchrec  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+class FeatureTables(nn.Module):
+    """One table [codes, D] a feature, by torchrec where it is installed.
+
+    Without torchrec plain tables with the same parameter names (``collection.embeddings.<feature>.weight``) take its
+    place, and a checkpoint of one loads into the other.
+
+    Args:
+        sizes: feature -> number of codes, 0 .. size - 1.
+        dim: D.
+        use_torchrec: None: where it can be imported.
+    """
+
+    def __init__(self, sizes: dict[str, int], dim: int, use_torchrec: bool | None = None) -> None:
+        super().__init__()
+        self.keys = tuple(sizes)
+        self.uses_torchrec = bool(sizes) and (has_torchrec() if use_torchrec is None else use_torchrec)
+        self.collection: Any = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=INIT_STD)
+
+    def forward(self, features: Features) -> list[Tensor]:
+        """[n, D] of each feature in the order of ``sizes``; several values of a row are summed.
+
+        Raises ValueError where the features are not those of the tables.
+        """
+        if features.keys != self.keys:
+            raise ValueError(f"features are {list(features.keys)}, the tables {list(self.keys)}")
+        rows = features.num_rows
+        pooled = []
+        lengths = features.lengths.view(len(self.keys), rows)
+        for index, embedded in enumerate(self._lookup(features)):
+            if features.counts[index] == rows:  # at least one value a row, so exactly one
+                pooled.append(embedded)
+                continue
+            owner = torch.repeat_interleave(
+                torch.arange(rows, device=embedded.device), lengths[index], output_size=features.counts[index]
+            )
+            pooled.append(embedded.new_zeros(rows, embedded.shape[1]).index_add(0, owner, embedded))
+        return pooled
+
+    def _lookup(self, features: Features) -> list[Tensor]:
+        """[V, D] of each feature."""
+        if not self.uses_torchrec:
+            return self.collection(features)  # type: ignore[no-any-return]
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+        found = self.collection(KeyedJaggedTensor(list(features.keys), features.values, lengths=features.lengths))
+        return [found[key].values() for key in self.keys]
+
+
+def _collection(sizes: dict[str, int], dim: int) -> nn.Module:
+    from torchrec.modules.embedding_configs import EmbeddingConfig
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+
+    tables = [
+        EmbeddingConfig(name=_table_name(key), embedding_dim=dim, num_embeddings=size, feature_names=[key])
+        for key, size in sizes.items()
+    ]
+    return EmbeddingCollection(tables=tables)  # type: ignore[no-any-return]
+
+
+class _PlainCollection(nn.Module):
+    def __init__(self, sizes: dict[str, int], dim: int) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleDict({_table_name(key): nn.Embedding(n, dim) for key, n in sizes.items()})
+
+    def forward(self, features: Features) -> list[Tensor]:
+        parts = features.values.split(list(features.counts))
+        return [table(part) for table, part in zip(self.embeddings.values(), parts, strict=True)]
+
+
+def _table_name(key: str) -> str:
+    """A module name: no dots."""
+    return key.replace(".", "_")
