@@ -50,7 +50,11 @@ def test_config_reference_names_every_option_with_its_meaning() -> None:
         "published": config.PublishedConfig,
         "model": config.HSTUConfig,
     }
-    nested = {config.DataConfig: {"columns": config.ColumnsConfig}, config.HSTUConfig: {"bias": config.BiasConfig}}
+    nested = {
+        config.DataConfig: {"columns": config.ColumnsConfig},
+        config.HSTUConfig: {"bias": config.BiasConfig},
+        config.RunConfig: {"stochastic_length": config.StochasticLengthConfig},
+    }
     check(config.Config, "")
     for name, cls in sections.items():
         check(cls, f"{name}.")
