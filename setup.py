@@ -21,9 +21,18 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16", "setuptools"],
     "loggers": ["tensorboard>=2.16", "setuptools", "wandb>=0.17", "mlflow>=2.14"],
     "plot": ["matplotlib>=3.8"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11", "torchmetrics>=1.0"],
+    "baselines": ["scikit-learn>=1.5", "scipy>=1.11"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "torchmetrics>=1.0",
+        "scikit-learn>=1.5",
+    ],
 }
-EXTRAS["all"] = sorted({need for name in ("prepare", "tensorboard", "plot") for need in EXTRAS[name]})
+EXTRAS["all"] = sorted({need for name in ("prepare", "tensorboard", "plot", "baselines") for need in EXTRAS[name]})
 
 PACKAGES = [p for name in ("hstu", "kernels", "benchmarks") for p in (name, f"{name}.*")]
 

@@ -10,7 +10,7 @@ Legend: ``M`` rankings (targets), ``C`` metrics, ``U`` users with at least one r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,19 +80,27 @@ def bootstrap(
     # Per user: the sum of each metric, and the number of rankings in the last column.
     stacked = np.concatenate([values, np.ones((len(values), 1))], axis=1)  # [M, C+1]
     sums = np.stack([np.bincount(code, weights=c, minlength=num_users) for c in stacked.T], axis=1)  # [U, C+1]
-    rng = np.random.default_rng(seed)
-    block = max(1, block_mib * 2**20 // (16 * num_users))
     means = []
-    for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        draws = rng.integers(0, num_users, size=(rows, num_users))  # [rows, U]
-        draws += np.arange(rows)[:, None] * num_users
-        times = np.bincount(draws.ravel(), minlength=rows * num_users).reshape(rows, num_users)
-        totals = times.astype(np.float64) @ sums  # [rows, C+1]
+    for times in resampled_counts(num_users, resamples, seed, block_mib):
+        totals = times @ sums  # [rows, C+1]
         means.append(totals[:, :-1] / totals[:, -1:])
     tail = 100.0 * (1.0 - confidence) / 2.0
     low, high = np.percentile(np.concatenate(means), [tail, 100.0 - tail], axis=0)
     return {n: (float(a), float(b)) for n, a, b in zip(metric_names(ks), low, high, strict=True)}
+
+
+def resampled_counts(num_users: int, resamples: int, seed: int, block_mib: int) -> Iterator[np.ndarray]:
+    """How often each user is drawn: ``resamples`` draws of U users with replacement, in blocks float64 [rows, U].
+
+    block_mib: bound of the memory of one block; the draws do not depend on it.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, block_mib * 2**20 // (16 * num_users))
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        draws = rng.integers(0, num_users, size=(rows, num_users))  # [rows, U]
+        draws += np.arange(rows)[:, None] * num_users
+        yield np.bincount(draws.ravel(), minlength=rows * num_users).reshape(rows, num_users).astype(np.float64)
 
 
 @dataclass
