@@ -228,11 +228,6 @@ class TrainBatches:
         chosen = plan.order if num_steps is None else plan.order[: plan.bounds[num_steps]]
         return savings(self.lengths[chosen], plan.kept[chosen])
 
-    def run_savings(self, num_epochs: int) -> dict[str, float]:
-        """The same over the first ``num_epochs`` epochs."""
-        each = [self.savings(epoch) for epoch in range(num_epochs)]
-        return {name: sum(e[name] for e in each) / num_epochs for name in (each[0] if each else {})}
-
 
 def cut_batches(lengths: np.ndarray, batch_users: int, batch_tokens: int | None) -> np.ndarray:
     """Bounds int64 [batches+1] of consecutive batches of ``batch_users`` sequences, or of at most ``batch_tokens``
