@@ -423,6 +423,8 @@ class EvalConfig:
     """Bootstrap resamples for the confidence intervals; 0: none."""
     chunk_mib: int = 64
     """Memory bound of one block of scores, in MiB."""
+    baselines: bool = True
+    """Evaluate the baselines beside the model."""
 
     def __post_init__(self) -> None:
         _check(len(self.ks) > 0 and all(k >= 1 for k in self.ks), "eval.ks", self.ks, "a list of ranks >= 1")

@@ -156,7 +156,8 @@ def assess(config: Config, store: SequenceStore, split: Split, result: RankResul
     ks, filter_history = config.eval.ks, config.eval.filter_history
     targets = Targets(result.users, result.rows)
     systems = {config.model.name: result.ranks}
-    systems |= baselines.rank_baselines(store, split.train_end, targets, filter_history, config.model.max_len)
+    if config.eval.baselines:
+        systems |= baselines.rank_baselines(store, split.train_end, targets, filter_history, config.model.max_len)
     oracle = oracle_ranks(config, store, targets)
     if oracle is not None:
         systems["oracle (true process)"] = oracle

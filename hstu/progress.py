@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 if TYPE_CHECKING:
     from hstu.config import Config
-    from hstu.data.batches import TrainBatches
     from hstu.data.store import SequenceStore
 
 
@@ -25,16 +24,22 @@ class Display:
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def start_run(self, config: Config, store: SequenceStore, data: TrainBatches, parameters: dict[str, int],
+    def start_run(self, config: Config, store: SequenceStore, data: Any, parameters: dict[str, int],
                   device: torch.device, folder: Path, global_step: int) -> None:  # fmt: skip
         model, run = config.model, config.run
         size = f"{run.batch_tokens:,} events" if run.batch_tokens else f"{run.batch_users} users"
-        skipped = f", {data.num_skipped:,} with fewer than two training events left out" if data.num_skipped else ""
+        few = "without training events" if config.ranking else "with fewer than two training events"
+        skipped = f", {data.num_skipped:,} {few} left out" if data.num_skipped else ""
+        objective = config.loss.name
+        if config.ranking is not None:
+            objective = f"{config.ranking.form} ranking of {', '.join(config.ranking.tasks)}"
+            if config.ranking.mode == "progressive":
+                size = f"{config.ranking.batch_events:,} events in time order"
         name = str(store.meta.get("name", config.data.name))
         without = f"{parameters['without_embeddings']:,} without embeddings"
         lines = [
             f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters ({without}), "
-            f"{config.loss.name}, {device}, seed {config.seed}",
+            f"{objective}, {device}, seed {config.seed}",
             f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches of "
             f"{size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
             f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
@@ -61,13 +66,8 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", rate=f"{events_per_s:,.0f}")
 
-    def validation(
-        self, epoch: int, loss: float, part: str, values: dict[str, float], selected: str, improved: bool
-    ) -> None:
-        shown: list[str] = [n for n in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr") if n in values]
-        if selected not in shown:
-            shown.insert(0, selected)
-        numbers = "  ".join(f"{n} {values[n]:.4f}" for n in shown if not math.isnan(values[n]))
+    def validation(self, epoch: int, loss: float, part: str, values: dict[str, float], improved: bool) -> None:
+        numbers = "  ".join(f"{n} {value:.4f}" for n, value in values.items() if not math.isnan(value))
         star = "  best so far" if improved else ""
         line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}"
         self.console.print(line, highlight=False, soft_wrap=True)

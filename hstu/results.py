@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hstu import checkpoint, metrics, report
 from hstu.config import Config, from_dict, published_row
 from hstu.errors import UserError
-from hstu.evaluate import ALL_USERS, assess, evaluate, evaluation_json
+from hstu.evaluate import ALL_USERS
 from hstu.runs import run_folder
 
 if TYPE_CHECKING:
@@ -67,16 +67,15 @@ def expand_runs(options: dict[str, Any]) -> list[Planned]:
 
 def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
     """Evaluates the best checkpoint on test and writes ``evaluation.json`` and ``result.json``."""
-    folder, config, store = trainer.folder, trainer.config, trainer.store
+    folder, config = trainer.folder, trainer.config
     if (folder / "result.json").exists() and (folder / "evaluation.json").exists():
         done = report.read_json(folder / "result.json", "delete it to evaluate again")
         if done.get("epochs") == progress.epoch:
             return
     best = checkpoint.load(trainer.checkpoints / checkpoint.BEST, trainer.device)
     trainer.model.load_state_dict(best["model"])
-    result = evaluate(trainer.model, store, trainer.split.test, config, trainer.device)
-    evaluation = assess(config, store, trainer.split, result)
-    report.write_json(folder / "evaluation.json", evaluation_json(config, store, evaluation, "test", "best"))
+    evaluation, values, num_users = trainer.problem.finish()
+    report.write_json(folder / "evaluation.json", evaluation)
     timing = {
         "train_s": progress.seconds,
         "eval_s": progress.eval_seconds,
@@ -84,7 +83,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
         "s_per_step": progress.seconds / max(1, progress.global_step),
         "events_per_s": progress.num_events / max(1e-9, progress.seconds),
     }
-    part = "test" if trainer.split.validation is None else "validation"
+    part = trainer.problem.part
     report.write_json(
         folder / "result.json",
         {
@@ -94,8 +93,8 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
             "best_epoch": progress.best_epoch,
             "selected_by": f"{config.run.select_metric} on {part}",
             "select_metric_value": progress.best,
-            "test": metrics.summarize(result.ranks, config.eval.ks),
-            "num_users": len(result),
+            "test": values,
+            "num_users": num_users,
             "parameters": trainer.model.num_parameters(),
             "timing": timing,
         },
@@ -113,6 +112,8 @@ def show_results(runs: list[Planned], console: Console) -> None:
         evaluations.setdefault(run.variant, []).append(read)
     main = evaluations[first.variant]
     names = metrics.metric_names(first.config.eval.ks)
+    if first.config.ranking is not None:
+        names = list(main[0]["rows"][0]["metrics"])
     model = first.config.model.name
     for group in dict.fromkeys(row["group"] for row in main[0]["rows"]):
         columns: dict[str, dict[str, float | str]] = {}

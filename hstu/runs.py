@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import IO, Any
 
 import torch
 import yaml
+from torch import nn
 
 from hstu import checkpoint, report
 from hstu.config import Config, from_dict, to_dict
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
-from hstu.model.retrieval import RetrievalModel
 
 FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "keep_last", "threads",
                   "save_every_steps", "save_every_minutes", "save_every_epochs"}  # fmt: skip
@@ -101,9 +100,9 @@ def read_config(folder: Path) -> Config:
 def check_same(old: Config, new: Config, folder: Path) -> None:
     """Raises UserError naming the first field that a resumed run may not change."""
     old_values, new_values = to_dict(old), to_dict(new)
-    for group in ("seed", "data", "model", "loss", "optim", "run", "eval"):
+    for group in ("seed", "data", "model", "ranking", "loss", "optim", "run", "eval"):
         pairs = [(group, old_values[group], new_values[group])]
-        if dataclasses.is_dataclass(getattr(new, group)):
+        if isinstance(old_values[group], dict) and isinstance(new_values[group], dict):
             keys = sorted(set(old_values[group]) | set(new_values[group]))
             pairs = [(f"{group}.{k}", old_values[group].get(k), new_values[group].get(k)) for k in keys]
         for name, a, b in pairs:
@@ -120,7 +119,7 @@ def open_store(config: Config) -> SequenceStore:
     return prepare(config.data)
 
 
-def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceStore, RetrievalModel]:
+def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceStore, Any]:
     """Config, store and trained model (on the CPU, in evaluation mode) of a run folder.
 
     Args:
@@ -130,6 +129,8 @@ def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceS
     Raises:
         UserError: no run there, no checkpoint yet, or a store that is gone.
     """
+    from hstu.problem import build_model
+
     folder = Path(folder).expanduser()
     if which not in ("best", "last"):
         raise UserError(f"which={which}: expected best or last")
@@ -146,6 +147,6 @@ def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceS
     state = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
     if state is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
-    model = RetrievalModel(config.model, store.num_items, config.loss)
+    model: nn.Module = build_model(config, store)
     model.load_state_dict(state["model"])
     return config, store, model.eval()

@@ -22,31 +22,29 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from hstu import checkpoint, metrics, report
+from hstu import checkpoint, report
 from hstu.allocator import keep_freed_memory
 from hstu.cli import command, run_hydra
 from hstu.config import Config, to_dict
-from hstu.data.batches import Batch, EventColumns, Prefetcher, TrainBatches
-from hstu.data.splits import make_split
+from hstu.data.batches import Prefetcher
 from hstu.errors import UserError
-from hstu.evaluate import evaluate, run_device
+from hstu.evaluate import run_device
 from hstu.loggers import MetricsFile, make_loggers
-from hstu.model.retrieval import RetrievalModel
 from hstu.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
+from hstu.problem import make_problem
 from hstu.progress import Display
 from hstu.runs import describe, load_run, lock_folder, open_store, run_folder
-from hstu.seeding import derive, seed_everything
+from hstu.seeding import derive
 from kernels._backend import OPS, choose, set_backend
 from kernels._launch import set_autotune
-from kernels.attention import AttentionPlan
 
 if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
 
 __all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
 
-INIT_SEED, STEP_SEED = 11, 12
-"""Purpose numbers of the seeds of the initial weights and of each step."""
+STEP_SEED = 12
+"""Purpose number of the seed of each step."""
 
 
 class Interrupted(BaseException):
@@ -66,7 +64,8 @@ class Progress:
     step: int = 0
     """Next optimizer step of the epoch."""
     global_step: int = 0
-    best: float = -math.inf
+    best: float = math.nan
+    """Best value of ``run.select_metric`` so far."""
     best_epoch: int = -1
     evals_since_best: int = 0
     finished: bool = False
@@ -85,7 +84,7 @@ class Progress:
 class StepInput:
     """What one optimizer step consumes: micro-batches and their attention plans."""
 
-    batches: list[tuple[Batch, AttentionPlan]]
+    batches: list[tuple[Any, Any]]
 
     @property
     def num_events(self) -> int:
@@ -101,21 +100,14 @@ class Trainer:
         if config.run.precision == "bfloat16" and self.device.type != "cuda":
             raise UserError("run.precision=bfloat16: expected a CUDA device; use float32 on the CPU")
         self._set_up_torch()
-        self.split = make_split(store, config.run.selection)
-        self.targets = self.split.test if self.split.validation is None else self.split.validation
-        if len(self.targets) == 0:
-            raise UserError("no user has enough events to hold one out; loosen the filters or run.selection=reference")
-        names = metrics.metric_names(config.eval.ks)
+        self.problem = make_problem(config, store, self.device, folder)
+        self.split, self.data, self.model = self.problem.split, self.problem.data, self.problem.model
+        names = self.problem.metric_names
         if config.run.select_metric not in names:
             raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
-        columns = EventColumns(store, self.device, config.loss.event_weights)
-        run = config.run
-        self.data = TrainBatches(
-            columns, store, self.split, config.model.max_len, config.seed, run.batch_users, run.batch_tokens
-        )
-        seed_everything(derive(config.seed, INIT_SEED))
-        self.model = RetrievalModel(config.model, store.num_items, config.loss).to(self.device)
+        self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
         self.optimizer = make_optimizer(self.model, config.optim)
+        run = config.run
         self.total_steps = run.epochs * self._num_steps(0)
         self.progress = Progress()
         self.checkpoints = folder / "checkpoints"
@@ -209,8 +201,7 @@ class Trainer:
     def _make_input(self, epoch: int, step: int) -> StepInput:
         accumulate = self.config.optim.accumulate_steps
         indices = range(step * accumulate, min((step + 1) * accumulate, self.data.num_steps(epoch)))
-        batches = [self.data.batch(epoch, i) for i in indices]
-        return StepInput([(b, self.model.encoder.plan(b)) for b in batches])
+        return StepInput([self.problem.input(epoch, i) for i in indices])
 
     def _epoch(self) -> None:
         progress, run = self.progress, self.config.run
@@ -232,6 +223,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for index, (batch, plan) in enumerate(step_input.batches):
+            self.problem.observe(batch, plan)
             share = batch.num_events / step_input.num_events
             loss = self._loss(batch, derive(seed, index), plan) * share
             loss.backward()
@@ -248,9 +240,9 @@ class Trainer:
     def _rate(self) -> float:
         return learning_rate(self.config.optim, self.progress.global_step, self.total_steps)
 
-    def _loss(self, batch: Batch, seed: int, plan: AttentionPlan) -> Tensor:
+    def _loss(self, batch: Any, seed: int, plan: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
-            return self.model.loss(batch, seed, plan)
+            return self.model.loss(batch, seed, plan)  # type: ignore[no-any-return]
 
     def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
         from hstu.nonfinite import first_non_finite
@@ -327,18 +319,19 @@ class Trainer:
 
     def _validate(self, epoch_loss: float) -> None:
         progress, started = self.progress, time.perf_counter()
-        result = evaluate(self.model, self.store, self.targets, self.config, self.device)
-        values = metrics.summarize(result.ranks, self.config.eval.ks)
+        values = self.problem.validate()
         name = self.config.run.select_metric
-        improved = values[name] > progress.best
-        if improved:
+        improved = self.sign * values[name] > self.sign * progress.best
+        if improved or progress.best_epoch < 0:  # the first one counts even where the metric is not defined
+            improved = True
             progress.best, progress.best_epoch, progress.evals_since_best = values[name], progress.epoch, 0
         else:
             progress.evals_since_best += 1
         progress.eval_seconds += time.perf_counter() - started
-        part = "validation" if self.split.validation is not None else "test"
+        part = self.problem.part
         self._log({"epoch_loss": epoch_loss, **values}, kind=part)
-        self.display.validation(progress.epoch, epoch_loss, part, values, name, improved)
+        shown = [n for n in dict.fromkeys([name, *self.problem.shown]) if n in values]
+        self.display.validation(progress.epoch, epoch_loss, part, {n: values[n] for n in shown}, improved)
         if improved:
             checkpoint.save_best(self.checkpoints, self._state())
 

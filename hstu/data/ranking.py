@@ -62,6 +62,28 @@ class RankingData:
             label[~(np.nan_to_num(mask) != 0)] = np.nan
         return label
 
+    def priors(self, rows: np.ndarray) -> dict[str, list[float]]:
+        """What the labels of the events ``rows`` are like, by task: the rate [1] (binary), the share of each level
+        [C] (multiclass, ordinal), the mean and standard deviation [2] after the transform (regression).
+
+        Raises UserError for a task without any label there.
+        """
+        found = {}
+        for name, task in self.config.tasks.items():
+            label = self.label(name, rows)
+            label = label[~np.isnan(label)].astype(np.float64)
+            if len(label) == 0:
+                raise UserError(f"ranking.tasks.{name}: none of {len(rows)} training events has a label")
+            if task.kind == "binary":
+                found[name] = [float(label.mean())]
+            elif task.kind == "regression":
+                label = np.log1p(label) if task.transform == "log1p" else label
+                found[name] = [float(label.mean()), float(label.std()) or 1.0]
+            else:
+                counts = np.bincount(label.astype(np.int64), minlength=len(task.levels))
+                found[name] = (counts / len(label)).tolist()
+        return found
+
     # Actions
 
     @cached_property

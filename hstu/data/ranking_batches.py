@@ -21,7 +21,7 @@ from hstu.data.splits import Split, Targets
 from hstu.errors import UserError
 from hstu.seeding import derive
 
-ORDER_SEED, PHASE_SEED = 102, 103
+ORDER_SEED, PHASE_SEED = 104, 105
 """Purpose numbers of the seeds that shuffle sequences and move their cuts."""
 
 
