@@ -12,6 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from hstu.config import ColumnsConfig
+from hstu.data.batches import EventColumns
 from hstu.errors import UserError
 from tests.data.logs import nothing_left, prepare_log, random_log, sequences
 
@@ -199,6 +201,110 @@ def test_items_file_gives_titles(tmp_path: Path) -> None:
     title, brand = store.item_attribute("title"), store.item_attribute("brand")
     assert title is not None and title.tolist() == ["", "The Y"]  # items x and y
     assert brand is not None and brand.tolist() == ["", "B1"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_users_file_and_numeric_attributes(tmp_path: Path, ending: str) -> None:
+    rows = [("bob", "pro", None, "7"), ("eve", "free", 3.5, "8")]
+    path = write_rows(tmp_path / f"users.{ending}", rows, ("uid", "plan", "age", "region"))
+    if ending == "csv":
+        path.write_text(path.read_text().replace("None", ""))
+    (tmp_path / "items.csv").write_text("sku,price\ny,2.5\n")
+    store = prepare_log(
+        tmp_path,
+        write_rows(tmp_path / "log.csv"),
+        {"numeric": ["age", "price"]},
+        users_file=str(path),
+        items_file=str(tmp_path / "items.csv"),
+    )
+    plan, region = store.user_attribute("plan"), store.user_attribute("region")
+    age, price = store.user_attribute("age"), store.item_attribute("price")
+    assert plan is not None and plan.tolist() == ["", "pro"]  # users ann and bob
+    assert region is not None and region.tolist() == ["", "7"]
+    assert age is not None and np.isnan(age).all() and age.dtype == np.float32
+    assert price is not None and np.array_equal(price, np.array([np.nan, 2.5], np.float32), equal_nan=True)
+    assert "users_file" in store.meta["settings"] and [r["file"] for r in store.meta["raw"]][-1] == path.name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uid,age\nann,1\nann,2\n", "uid 'ann' occurs twice"),
+        ("uid,age\nann,old\n", "row 2: age 'old' is not a number"),
+        ("uid,age\nann,inf\n", "row 2: age 'inf' is not a number"),
+        ("uid,years\nann,1\n", "data.columns.numeric=age: expected columns of"),
+        ("uid,age\nann,1\nbob", "the last row has 1 of 2 fields"),
+    ],
+)
+def test_bad_users_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "users.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        prepare_log(
+            tmp_path, write_rows(tmp_path / "log.csv"), {"numeric": ["age"]}, users_file=str(tmp_path / "users.csv")
+        )
+    assert message in str(caught.value) and nothing_left(tmp_path)
+    with pytest.raises(UserError, match="data.users_file=none.csv: no such file"):
+        prepare_log(tmp_path, tmp_path / "log.csv", users_file="none.csv")
+
+
+OPTIONAL_ROWS = [("ann", "y", 20, 4.0, None), ("bob", "x", 5, None, 0.5), ("ann", "x", 10, 1.0, 0.25)]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("bad_row", [False, True], ids=["quick", "line by line"])
+def test_optional_actions_and_values_are_nan_where_empty(tmp_path: Path, ending: str, bad_row: bool) -> None:
+    names = ("user", "item", "timestamp", "stars", "watched")
+    rows = [*OPTIONAL_ROWS, ("ann", None, 1, 2.0, 1.0)] if bad_row else OPTIONAL_ROWS
+    path = write_rows(tmp_path / f"log.{ending}", rows, names)
+    if ending == "csv":
+        path.write_text(path.read_text().replace("None", ""))
+    columns = {"action": "stars", "values": ["watched"], "optional": ["stars", "watched"]}
+    store = prepare_log(tmp_path, path, columns, on_bad_row="skip")
+    assert sequences(store) == EXPECTED
+    assert store.actions is not None
+    assert np.array_equal(store.actions, np.array([1, 4, np.nan], np.float32), equal_nan=True)
+    assert np.array_equal(store.columns["watched"], np.array([0.25, np.nan, 0.5], np.float32), equal_nan=True)
+    for optional in (["stars"], ["watched"]):
+        with pytest.raises(UserError, match=r"(stars|watched) is missing"):
+            prepare_log(tmp_path, path, {**columns, "optional": optional})
+
+
+def test_optional_names_of_actions(tmp_path: Path) -> None:
+    rows = "ann,x,1,view\nann,y,2,\nann,x,3,buy\n"
+    (tmp_path / "log.csv").write_text("user,item,timestamp,event\n" + rows)
+    store = prepare_log(tmp_path, tmp_path / "log.csv", {"action": "event", "optional": ["event"]})
+    names = store.feature_values("action")
+    assert names is not None and names.tolist() == ["buy", "view"]
+    assert store.actions is not None
+    assert np.array_equal(store.actions, np.array([2, np.nan, 1], np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"), [("ann,y,2,nan", "stars 'nan' is not finite"), ("ann,y,2,much", "stars 'much' is not a number")]
+)
+def test_optional_values_are_still_checked(tmp_path: Path, row: str, reason: str) -> None:
+    (tmp_path / "log.csv").write_text(f"user,item,timestamp,stars\nann,x,1,3\n{row}\n")
+    with pytest.raises(UserError) as caught:
+        prepare_log(tmp_path, tmp_path / "log.csv", {"action": "stars", "optional": ["stars"]})
+    assert f"row 3: {reason}" in str(caught.value)
+
+
+def test_optional_column_that_is_neither_action_nor_value() -> None:
+    with pytest.raises(UserError, match=r"data.columns.optional='user': expected one of the action and values \(p\)"):
+        ColumnsConfig(values=["p"], optional=["user"])
+
+
+def test_equal_rows_without_an_action_are_duplicates(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,timestamp,stars\nann,x,1,\nann,x,1,\nann,x,1,3\n")
+    store = prepare_log(tmp_path, tmp_path / "log.csv", {"action": "stars", "optional": ["stars"]}, dedup="exact")
+    assert store.num_events == 2 and store.meta["removed"] == {"duplicates": 1}
+
+
+def test_missing_actions_cannot_weigh_events(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,timestamp,stars\nann,x,1,\nann,y,2,3\n")
+    store = prepare_log(tmp_path, tmp_path / "log.csv", {"action": "stars", "optional": ["stars"]})
+    with pytest.raises(UserError, match="loss.event_weights=actions: .*nan.*use none"):
+        EventColumns(store, None, "actions")
 
 
 def test_quick_and_slow_reading_agree(tmp_path: Path) -> None:

@@ -78,6 +78,53 @@ def test_estimated_timestamps_of_another_length(tmp_path: Path) -> None:
         prepare_ml(tmp_path, "movielens-dat", raw)
 
 
+def test_users_file_of_1m_becomes_attributes_and_changes_nothing_else(tmp_path: Path) -> None:
+    without = prepare_ml(tmp_path, "movielens-dat", write_ml_1m(tmp_path / "without"))
+    raw = write_ml_1m(tmp_path / "with")
+    (raw / "users.dat").write_text("2::F::1::10::48067\n1::M::56::16::70072\n9::F::25::0::1-2\n")
+    store = prepare_ml(tmp_path, "movielens-dat", raw)
+    expected = {"gender": ["M", "F", ""], "age": ["56", "1", ""], "occupation": ["16", "10", ""]}  # users 1, 2, 5
+    for name, values in expected.items():
+        found = store.user_attribute(name)
+        assert found is not None and found.tolist() == values and without.user_attribute(name) is None, name
+    assert not list((store.path / "users").glob("zip*"))
+    assert store.meta["split_hash"] == without.meta["split_hash"] and store.path != without.path
+    files = {p.relative_to(without.path) for p in without.path.rglob("*.npy")}
+    assert files == {p.relative_to(store.path) for p in store.path.rglob("*.npy")} - {
+        Path("users") / f"{name}.npy" for name in expected
+    }
+    for name in files:
+        assert (store.path / name).read_bytes() == (without.path / name).read_bytes(), name
+
+
+def test_users_file_of_100k(tmp_path: Path) -> None:
+    raw = write_ml_100k(tmp_path / "raw")
+    (raw / "u.user").write_text("1|24|M|technician|85711\n2|53|F|other|T8H1N\n")
+    store = prepare_ml(tmp_path, "movielens-100k", raw)
+    age, job = store.user_attribute("age"), store.user_attribute("occupation")
+    assert age is not None and age.tolist() == [24, 53] and age.dtype == np.float32
+    assert job is not None and job.tolist() == ["technician", "other"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("5::M::25::3", "expected 5 fields separated by '::', got 4"),
+        ("u5::M::25::3::1", "userId 'u5' is not an integer"),
+        ("1::M::25::3::1", "userId '1' occurs twice"),
+        ("5::M::young::3::1", "age 'young' is not an integer"),
+    ],
+)
+def test_bad_row_of_a_users_file(tmp_path: Path, row: str, reason: str) -> None:
+    raw = write_ml_1m(tmp_path / "raw")
+    (raw / "users.dat").write_text(f"1::F::1::10::48067\n{row}\n2::M::35::1::2\n")
+    with pytest.raises(UserError) as caught:
+        prepare_ml(tmp_path, "movielens-dat", raw)
+    assert f"users.dat, row 2: {reason}" in str(caught.value)
+    gender = prepare_ml(tmp_path, "movielens-dat", raw, on_bad_row="skip").user_attribute("gender")
+    assert gender is not None and gender.tolist() == ["F", "M", ""]
+
+
 def test_item_beyond_the_catalogue(tmp_path: Path) -> None:
     raw = write_ml_1m(tmp_path / "raw")
     with open(raw / "ratings.dat", "a") as file:
@@ -161,6 +208,8 @@ def test_order_of_the_real_ml_1m(ml_1m: SequenceStore) -> None:
     assert all(entry["agrees"] for entry in ml_1m.meta["published"].values())
     assert ml_1m.meta["notes"] == ["ML-1M, 5.3 % of the timestamps estimated"]
     assert int(ml_1m.columns["timestamp_estimated"].sum()) == 52_837
+    gender = ml_1m.user_attribute("gender")
+    assert gender is not None and (gender == "F").sum() == 1_709 and (gender == "M").sum() == 4_331
 
 
 def test_stable_and_reference_differ_on_the_real_ml_1m(ml_1m: SequenceStore, ml_1m_stable: SequenceStore) -> None:

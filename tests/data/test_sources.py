@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,3 +184,20 @@ def test_archive_cannot_write_outside_its_folder(tmp_path: Path, server: Server)
         out.writestr("../../evil.txt", "x")
     with pytest.raises(UserError, match="unsafe path"):
         fetch_raw(config(tmp_path, raw=str(tmp_path / "evil.zip")), quiet=True)
+
+
+def test_tar_gz_is_unpacked_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HSTU_DATA_DIR", raising=False)
+    folder = write_ml_1m(tmp_path / "made" / "ml-1m")
+    archive = tmp_path / "ml-1m.tar.gz"
+    with tarfile.open(archive, "w:gz") as out:
+        out.add(folder, "ml-1m")
+    assert prepare(config(tmp_path, raw=str(archive)), quiet=True).num_events == 6
+    (tmp_path / "cut.tgz").write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(UserError, match="cut.tgz is truncated or corrupt"):
+        prepare(config(tmp_path, raw=str(tmp_path / "cut.tgz")), quiet=True)
+    with tarfile.open(tmp_path / "outside.tar.gz", "w:gz") as out:
+        out.addfile(tarfile.TarInfo("../outside.txt"), io.BytesIO())
+    with pytest.raises(UserError, match="outside.tar.gz holds an unsafe path"):
+        prepare(config(tmp_path, raw=str(tmp_path / "outside.tar.gz")), quiet=True)
+    assert not list(tmp_path.rglob("outside.txt"))

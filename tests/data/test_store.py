@@ -29,6 +29,7 @@ def toy(path: Path) -> SequenceStore:
         columns={"flag": np.array([0, 1, 0, 0, 1], np.int32)},
         user_raw_ids=np.array(["ann", "bo", "cy"]),
         item_attributes={"title": np.array(["Ä", "B", "C"])},
+        user_attributes={"plan": np.array(["a", "", "b"]), "age": np.array([30, np.nan, 4], np.float32)},
         num_items=4,
         meta=META,
     )
@@ -46,6 +47,9 @@ def test_round_trip(tmp_path: Path) -> None:
     title = store.item_attribute("title")
     assert title is not None and title.tolist() == ["Ä", "B", "C"]
     assert store.item_attribute("genres") is None
+    plan, age = store.user_attribute("plan"), store.user_attribute("age")
+    assert plan is not None and plan.tolist() == ["a", "", "b"] and store.user_attribute("gender") is None
+    assert age is not None and np.array_equal(age, np.array([30, np.nan, 4], np.float32), equal_nan=True)
     assert store.meta["counts"] == {"users": 3, "items": 4, "events": 5}
     assert store.meta["schema_version"] == SCHEMA_VERSION
 
