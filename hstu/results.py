@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hstu import checkpoint, metrics, report
 from hstu.config import Config, from_dict, published_row
+from hstu.data.stochastic_length import savings_text
 from hstu.errors import UserError
 from hstu.evaluate import ALL_USERS
 from hstu.runs import run_folder
@@ -82,6 +83,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
         "steps": progress.global_step,
         "s_per_step": progress.seconds / max(1, progress.global_step),
         "events_per_s": progress.num_events / max(1e-9, progress.seconds),
+        **_mean_savings([trainer.data.savings(epoch) for epoch in range(progress.epoch)]),
     }
     part = trainer.problem.part
     report.write_json(
@@ -99,6 +101,11 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
             "timing": timing,
         },
     )
+
+
+def _mean_savings(epochs: list[dict[str, float]]) -> dict[str, float]:
+    """What stochastic length saved in the run (every epoch has the same events before the cut); empty where off."""
+    return {name: sum(e[name] for e in epochs) / len(epochs) for name in (epochs[0] if epochs else {})}
 
 
 def show_results(runs: list[Planned], console: Console) -> None:
@@ -150,8 +157,8 @@ def _print_notes(runs: list[Planned], console: Console) -> None:
         timing = result["timing"]
         console.print(
             f"{run.variant}, seed {run.config.seed}: best epoch {result['best_epoch']} of {result['epochs']} by "
-            f"{result['selected_by']}; {timing['train_s']:.0f} s training, {timing['s_per_step'] * 1e3:.0f} ms a step; "
-            f"{run.folder}",
+            f"{result['selected_by']}; {timing['train_s']:.0f} s training, {timing['s_per_step'] * 1e3:.0f} ms a step"
+            f"{savings_text(timing, '; ')}; {run.folder}",
             highlight=False,
             soft_wrap=True,
         )

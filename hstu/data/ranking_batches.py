@@ -202,6 +202,10 @@ class RankingBatches:
         sequences, bounds = self._enter(epoch)
         return gather(self.data, take(sequences, slice(bounds[step], bounds[step + 1])))
 
+    def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
+        """As of ``TrainBatches``; nothing is cut here."""
+        return {}
+
 
 class ProgressiveBatches:
     """One pass over all events in time order: step i holds the next ``ranking.batch_events`` of them.
@@ -226,6 +230,10 @@ class ProgressiveBatches:
     def batch(self, epoch: int, step: int) -> RankingBatch:
         rows = np.sort(self.order[step * self.batch_events : (step + 1) * self.batch_events])
         return gather(self.data, target_sequences(self.data, self.config, rows))
+
+    def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
+        """As of ``TrainBatches``; nothing is cut here."""
+        return {}
 
 
 def take(sequences: Sequences, index: np.ndarray | slice) -> Sequences:

@@ -12,6 +12,7 @@ Legend: B sequences, L events of the joined sequences, K events kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -103,6 +104,14 @@ def savings(lengths: np.ndarray, kept: np.ndarray) -> dict[str, float]:
         "tokens_dropped": 1.0 - int(kept.sum()) / max(1, events),
         "attention_work_saved": 1.0 - float((kept.astype(np.float64) ** 2).sum()) / max(1.0, work),
     }
+
+
+def savings_text(saved: Mapping[str, float], before: str) -> str:
+    """What :func:`savings` gave, in words after the text ``before``; empty where it is not there."""
+    if "tokens_dropped" not in saved:
+        return ""
+    dropped, work = 100 * saved["tokens_dropped"], 100 * saved["attention_work_saved"]
+    return f"{before}{dropped:.1f} % of the events dropped, {work:.1f} % of the attention work saved"
 
 
 class StochasticLength:
