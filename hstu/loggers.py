@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -81,7 +82,14 @@ class MLflow:
         mlflow.set_experiment(str(config["experiment"]))
         known = folder / "mlflow_run_id"
         if known.exists():
-            mlflow.start_run(run_id=known.read_text(encoding="utf-8"))
+            begun = known.read_text(encoding="utf-8")
+            try:
+                mlflow.start_run(run_id=begun)
+            except mlflow.exceptions.MlflowException:
+                raise UserError(
+                    f"run.loggers: mlflow has no run {begun} at {mlflow.get_tracking_uri()}: set MLFLOW_TRACKING_URI "
+                    f"to where it was begun, or delete {known} to begin another"
+                ) from None
             return
         run = mlflow.start_run(run_name=folder.name)
         known.write_text(run.info.run_id, encoding="utf-8")
@@ -102,8 +110,12 @@ def run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+MENDS = {"wandb": "run `wandb login` or set WANDB_MODE=offline", "mlflow": "check MLFLOW_TRACKING_URI"}
+"""What to do where a logger's own library refuses to start."""
+
+
 def make_loggers(names: list[str], folder: Path, config: dict[str, Any], first_step: int) -> list[Logger]:
-    """The loggers named; UserError where the package of one is not installed."""
+    """The loggers named; UserError where the package of one is not installed, or does not start."""
     made: list[Logger] = []
     for name in names:
         try:
@@ -113,9 +125,15 @@ def make_loggers(names: list[str], folder: Path, config: dict[str, Any], first_s
                 made.append(WeightsAndBiases(folder, config))
             else:
                 made.append(MLflow(folder, config))
-        except ImportError:
-            rest = [n for n in names if n != name]
+        except Exception as error:  # a library of others may raise anything
+            if isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            rest = ",".join(n for n in names if n != name)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            problem, mend = f"does not start ({lines[0]})", MENDS.get(name, f"reinstall {name}")
+            if isinstance(error, ImportError):
+                problem, mend = "is not installed", f"pip install {name}"
             raise UserError(
-                f"run.loggers: {name} is not installed; pip install {name}, or run.loggers={rest}"
+                f"run.loggers: {name} {problem}: {mend}, or leave it out with run.loggers=[{rest}]"
             ) from None
     return made
