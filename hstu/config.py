@@ -125,6 +125,9 @@ class DataConfig:
         _one_of("data.dedup", self.dedup, ("none", "first", "last", "exact"))
         _one_of("data.protocol", self.protocol, ("reference", "stable"))
         _one_of("data.split", self.split, ("leave-last-out", "global-time"))
+        for name in ("items_file", "users_file"):
+            _check(getattr(self, name) is None or self.source == "log", f"data.{name}", getattr(self, name), "data=log")
+        _check(not self.random_log or self.source == "kuairand", "data.random_log", True, "a data.source of kuairand")
         for name in ("min_user_events", "min_item_events"):
             _check(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), ">= 0")
         for name in ("max_events", "max_items"):

@@ -92,10 +92,10 @@ def attribute_columns(attributes: pl.DataFrame, raw_ids: np.ndarray) -> dict[str
     attributes: ``raw_id`` and the columns; floating-point ones are numbers, the others text. Ids that they do not
     list are missing.
     """
-    keyed = attributes.with_columns(pl.col("raw_id").cast(pl.String))
-    rows = pl.DataFrame({"raw_id": _series(raw_ids).cast(pl.String)})
-    joined = rows.join(keyed, on="raw_id", how="left", maintain_order="left")
-    return {name: _array(joined[name]) for name in joined.columns[1:]}
+    listed = attributes.select(pl.col("raw_id").cast(pl.String)).with_row_index("index")
+    wanted = pl.DataFrame({"raw_id": _series(raw_ids).cast(pl.String)})
+    rows = wanted.join(listed, on="raw_id", how="left", maintain_order="left")["index"]
+    return {name: _array(attributes[name].gather(rows)) for name in attributes.columns[1:]}
 
 
 def _series(raw_ids: np.ndarray) -> pl.Series:

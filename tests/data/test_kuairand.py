@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tarfile
 from pathlib import Path
@@ -157,6 +158,22 @@ def test_a_file_or_a_glob_as_raw_finds_the_features_beside_it(tmp_path: Path) ->
     assert one.num_events == 4 and one.user_attribute("onehot_feat3") is not None
 
 
+def test_features_as_parquet_and_gzip(tmp_path: Path) -> None:
+    plain = prepare_kuairand(tmp_path, write_kuairand(tmp_path / "plain"))
+    raw = write_kuairand(tmp_path / "raw")
+    pl.read_csv(raw / VIDEOS).write_parquet((raw / VIDEOS).with_suffix(".parquet"))  # music_type as float, id as int
+    for name in (USERS, LATE):
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+    for name in (USERS, VIDEOS, LATE):
+        (raw / name).unlink()
+    store = prepare_kuairand(tmp_path, raw)
+    assert sequences(store) == sequences(plain)
+    files = [*(plain.path / "items").glob("*.npy"), *(plain.path / "users").glob("*.npy")]
+    assert len(files) == 1 + 7 + 1 + 30
+    for file in files:
+        assert file.read_bytes() == (store.path / file.relative_to(plain.path)).read_bytes(), file.name
+
+
 def test_random_exposures_on_request(tmp_path: Path) -> None:
     raw = write_kuairand(tmp_path / "raw")
     store = prepare_kuairand(tmp_path, raw, random_log=True)
@@ -165,6 +182,8 @@ def test_random_exposures_on_request(tmp_path: Path) -> None:
     assert "is_rand" not in prepare_kuairand(tmp_path, raw).columns
     with pytest.raises(UserError, match="is the log of random exposure: set data.random_log=true"):
         prepare_kuairand(tmp_path, raw / RANDOM)
+    with pytest.raises(UserError, match="data.random_log=True: expected a data.source of kuairand"):
+        DataConfig(source="movielens-dat", random_log=True)
 
 
 def test_parts_of_one_log_and_another_version(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hstu.config import ColumnsConfig
+from hstu.config import ColumnsConfig, DataConfig
 from hstu.data.batches import EventColumns
 from hstu.errors import UserError
 from tests.data.logs import nothing_left, prepare_log, random_log, sequences
@@ -245,6 +245,8 @@ def test_bad_users_file(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(caught.value) and nothing_left(tmp_path)
     with pytest.raises(UserError, match="data.users_file=none.csv: no such file"):
         prepare_log(tmp_path, tmp_path / "log.csv", users_file="none.csv")
+    with pytest.raises(UserError, match="data.users_file='u.csv': expected data=log"):
+        DataConfig(source="amazon-2014", users_file="u.csv")
 
 
 OPTIONAL_ROWS = [("ann", "y", 20, 4.0, None), ("bob", "x", 5, None, 0.5), ("ann", "x", 10, 1.0, 0.25)]
