@@ -214,12 +214,12 @@ class _TableGrads:
             summed = d_score.sum((0, 1), keepdim=False)[None] if heads == 1 else d_score.sum(0)
             self.by_pair[:, pairs.start : pairs.stop, : pairs.keys] += summed
         if self.position.shape[0] and pairs.position is not None:
-            _add_by_index(self.position, d_score, pairs.position + (self.position_size - 1) // 2)
+            add_by_index(self.position, d_score, pairs.position + (self.position_size - 1) // 2)
         if pairs.bucket is not None and self.time.numel():
             if pairs.bucket.is_floating_point():
-                _add_power_law(self.time, d_score, pairs.bucket)
+                add_power_law(self.time, d_score, pairs.bucket)
             else:
-                _add_by_index(self.time, d_score, pairs.bucket)
+                add_by_index(self.time, d_score, pairs.bucket)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Gradients of the position table [H or 1, 2N-1] and of the time weight, empty where there is none."""
@@ -228,7 +228,7 @@ class _TableGrads:
         return _sum_diagonals(self.by_pair, self.position_size), self.time.to(self.work)
 
 
-def _add_power_law(total: Tensor, d_score: Tensor, log_gap: Tensor) -> None:
+def add_power_law(total: Tensor, d_score: Tensor, log_gap: Tensor) -> None:
     """Adds to total [H or 1, 2] (float64) the gradients of a and b of ``-a log_gap + b``; log_gap [b, r, m]."""
     slope = -(d_score * log_gap.to(d_score.dtype)[:, None]).sum((0, 2, 3), dtype=torch.float64)  # [H]
     level = d_score.sum((0, 2, 3), dtype=torch.float64)
@@ -236,7 +236,7 @@ def _add_power_law(total: Tensor, d_score: Tensor, log_gap: Tensor) -> None:
     total += by_head if total.shape[0] > 1 else by_head.sum(0, keepdim=True)
 
 
-def _add_by_index(total: Tensor, d_score: Tensor, index: Tensor) -> None:
+def add_by_index(total: Tensor, d_score: Tensor, index: Tensor) -> None:
     """Adds d_score [b, H, r, m], summed by index [b, r, m], to total [H or 1, size] (float64)."""
     per_head = d_score.unbind(1) if total.shape[0] > 1 else [d_score.sum(1) if d_score.shape[1] > 1 else d_score[:, 0]]
     for head, values in enumerate(per_head):

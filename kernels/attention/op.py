@@ -10,9 +10,11 @@ from torch import Tensor
 from kernels._backend import choose
 from kernels._common import deterministic_or
 from kernels.attention.cpu import attention_bwd_cpu, attention_fwd_cpu
+from kernels.attention.cpu_delta import attention_delta_bwd_cpu, attention_delta_fwd_cpu
+from kernels.attention.layout_delta import DeltaLayout
 from kernels.attention.plan import AttentionPlan
-from kernels.attention.reference import attention_reference
-from kernels.attention.times import TimeBuckets
+from kernels.attention.reference import Mask, attention_reference
+from kernels.attention.times import PowerLaw, TimeBuckets
 
 
 def attention(
@@ -68,8 +70,15 @@ def attention(
             [int(mask.causal), mask.contextual, mask.window, mask.full_rows], kind, width, number, scale,
             deterministic_or(deterministic),
         )  # fmt: skip
-    if q.device.type != "cpu" or plan.is_delta:
+    if q.device.type != "cpu":
         return attention_reference(q, k, v, plan, position_weight, time_weight, number, scale, row_divisor)
+    if plan.delta is not None:
+        delta, mask = plan.delta, plan.mask
+        return torch.ops.hstu.attention_delta(
+            q, k, v, delta.schedule, delta.units, delta.query_rows, delta.key_rows, delta.targets, delta.buckets,
+            plan.query_time, plan.key_time, row_divisor, position_weight, time_weight, _bucket_kind(plan),
+            [int(mask.causal), mask.contextual, mask.window, mask.full_rows], number, scale,
+        )  # fmt: skip
     assert plan.schedule is not None and plan.rows is not None and plan.slots is not None  # made on the CPU
     buckets = plan.buckets if time_weight is not None else None
     return torch.ops.hstu.attention(
@@ -96,6 +105,12 @@ def _time_kind(plan: AttentionPlan, time_weight: Tensor | None) -> tuple[int, fl
     if time_weight is None:
         return 0, 1.0
     return (1, plan.time_buckets.width) if isinstance(plan.time_buckets, TimeBuckets) else (2, 1.0)
+
+
+def _bucket_kind(plan: AttentionPlan) -> list[float]:
+    """Count and width of the plan's time buckets; empty: a power law, or no times."""
+    kind = plan.time_buckets
+    return [float(kind.count), kind.width] if isinstance(kind, TimeBuckets) else []
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, position_weight: Tensor | None,
@@ -190,7 +205,7 @@ def _(grad, q, k, v, s, r, t, b, h, p, d, position_weight, time_weight, divisor,
     return _grad_fakes(q, k, v, position_weight, time_weight)
 
 
-NUM_TENSORS = {"cpu": 12, "triton": 14}
+NUM_TENSORS = {"cpu": 12, "delta": 14, "triton": 14}
 """Leading tensor arguments of each custom op; the last two are the tables."""
 
 
@@ -213,6 +228,56 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Any, ...]:
 _attention.register_autograd(
     lambda ctx, grad: _gradients(ctx, grad, torch.ops.hstu.attention_backward),
     setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, "cpu"),
+)
+
+
+# CPU path of the delta form
+
+
+@torch.library.custom_op("hstu::attention_delta", mutates_args=())
+def _attention_delta(q: Tensor, k: Tensor, v: Tensor, schedule: Tensor, units: Tensor, query_rows: Tensor,
+                     key_rows: Tensor, targets: Tensor, buckets: Tensor | None, query_time: Tensor | None,
+                     key_time: Tensor | None, row_divisor: Tensor | None, position_weight: Tensor | None,
+                     time_weight: Tensor | None, bucket_kind: list[float], mask: list[int], divisor: float,
+                     scale: float) -> Tensor:  # fmt: skip
+    return attention_delta_fwd_cpu(
+        q, k, v, DeltaLayout(schedule, units, query_rows, key_rows, targets, buckets), (query_time, key_time),
+        _kind_of(bucket_kind), Mask(bool(mask[0]), *mask[1:]), row_divisor, position_weight, time_weight, divisor,
+        scale,
+    )  # fmt: skip
+
+
+@_attention_delta.register_fake
+def _(q, k, v, *_):  # type: ignore[no-untyped-def]
+    return v.new_empty(q.shape[0], *v.shape[1:])
+
+
+@torch.library.custom_op("hstu::attention_delta_backward", mutates_args=())
+def _attention_delta_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: Tensor, units: Tensor, query_rows: Tensor,
+    key_rows: Tensor, targets: Tensor, buckets: Tensor | None, query_time: Tensor | None, key_time: Tensor | None,
+    row_divisor: Tensor | None, position_weight: Tensor | None, time_weight: Tensor | None, bucket_kind: list[float],
+    mask: list[int], divisor: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return attention_delta_bwd_cpu(
+        grad, q, k, v, DeltaLayout(schedule, units, query_rows, key_rows, targets, buckets), (query_time, key_time),
+        _kind_of(bucket_kind), Mask(bool(mask[0]), *mask[1:]), row_divisor, position_weight, time_weight, divisor,
+        scale,
+    )  # fmt: skip
+
+
+@_attention_delta_backward.register_fake
+def _(grad, q, k, v, s, u, r, o, t, b, a, c, d, position_weight, time_weight, *_):  # type: ignore[no-untyped-def]
+    return _grad_fakes(q, k, v, position_weight, time_weight)
+
+
+def _kind_of(bucket_kind: list[float]) -> TimeBuckets | PowerLaw:
+    return TimeBuckets(int(bucket_kind[0]), bucket_kind[1]) if bucket_kind else PowerLaw()
+
+
+_attention_delta.register_autograd(
+    lambda ctx, grad: _gradients(ctx, grad, torch.ops.hstu.attention_delta_backward),
+    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, "delta"),
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels._backend import choose
 from kernels.attention.layout import lay_out
+from kernels.attention.layout_delta import DeltaLayout, lay_out_delta
 from kernels.attention.reference import CAUSAL, Mask
 from kernels.attention.times import MAX_GAP_S, PowerLaw, TimeBuckets
 from kernels.jagged import positions_of
@@ -42,6 +43,7 @@ class AttentionPlan:
             by block.
         hidden: flat bool (CPU path). Pairs that the mask hides, block by block; None: plainly causal.
         pair_positions: flat int32 (CPU path). j - i of each pair, targets at the end of the history; None: no targets.
+        delta: units of query rows and of keys (CPU path of the delta form), or None.
         order: [B] int32 (kernel). Users, longest first.
         query_age, key_age: [L] int32, s (kernel). Times counted back from the user's last one.
         thresholds: [buckets+1] int32, s (kernel). Smallest gap of each bucket.
@@ -64,6 +66,7 @@ class AttentionPlan:
     buckets: Tensor | None = None
     hidden: Tensor | None = None
     pair_positions: Tensor | None = None
+    delta: DeltaLayout | None = None
     order: Tensor | None = None
     query_age: Tensor | None = None
     key_age: Tensor | None = None
@@ -91,8 +94,8 @@ def make_plan(
 ) -> AttentionPlan:
     """Lays out a batch for all attention layers.
 
-    On the CPU it also groups users by length and buckets all time gaps; where the Triton kernel will run it orders
-    users by length and turns times into 32-bit ages.
+    On the CPU it also groups users by length and buckets all time gaps (in the delta form at most 4 million of them,
+    16 MiB); where the Triton kernel will run it orders users by length and turns times into 32-bit ages.
 
     Args:
         offsets: [B+1] int32 or int64, ascending from 0. Of the query rows.
@@ -125,7 +128,10 @@ def make_plan(
     )
     if count_rows:
         plan = replace(plan, row_counts=_row_counts(plan))
-    if offsets.device.type == "cpu" and not plan.is_delta:
+    if offsets.device.type == "cpu" and key_starts is not None and key_lengths is not None:
+        times = query_time, key_time, time_buckets
+        plan = replace(plan, delta=lay_out_delta(offsets, key_starts, key_lengths, num_targets, *times, mask))
+    elif offsets.device.type == "cpu":
         plan = replace(plan, **lay_out(offsets, query_time, key_time, time_buckets, mask, num_targets))
     if choose("attention", offsets.device).backend == "triton":
         plan = _plan_for_kernel(plan)

@@ -71,3 +71,43 @@ def compare_attention(inputs, plan, scale=1.0, vacuous=(), divisor=None, determi
         return attention_reference(q, k, v, plan, position_weight, time_weight, number, scale, rows)
 
     compare(op, reference, inputs, vacuous)
+
+
+DELTA_USERS = {
+    "candidates": [(23, 3, 3), (70, 9, 9), (12, 1, 1)],
+    "candidates-and-new-events": [(23, 7, 3), (70, 20, 2), (31, 12, 5)],
+    "new-events": [(23, 1, 0), (200, 140, 0), (31, 5, 0), (40, 40, 0)],
+    "some-of-the-candidates": [(40, 2, 5), (23, 6, 6)],
+    "no-history": [(9, 9, 9), (30, 4, 2), (6, 2, 6)],
+    "empty-users": [(12, 0, 0), (20, 3, 3), (0, 0, 0), (21, 2, 2), (5, 0, 2)],
+}
+"""Keys, query rows and targets of each user."""
+
+
+def make_delta(users, heads=1, qk=8, v=8, dtype=torch.float32, position=1, time=1, offsets_dtype=torch.int64, seed=0,
+               mask=None, power_law=False, one_request_time=False):  # fmt: skip
+    """Inputs by name and the plan of a random batch in the delta form, over a cache whose spare room holds NaN."""
+    g = torch.Generator().manual_seed(seed)
+    lengths, queries, targets = torch.tensor(users).T
+    room = lengths + 3
+    starts = room.flip(0).cumsum(0).flip(0) - room  # the last user lies first
+    total_keys, total, longest = int(room.sum()), int(queries.sum()), int(lengths.max())
+    owned = torch.cat([start + torch.arange(n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
+    key_time = torch.zeros(total_keys, dtype=torch.int64)
+    key_time[owned] = (torch.rand(owned.shape, generator=g) * 1e6).long().cumsum(0)
+    asked_at = int(key_time.max()) + torch.randint(0, 1 if one_request_time else 10**5, (total,), generator=g)
+    inputs = {"q": torch.randn(total, heads, qk, generator=g)}
+    for name, width in (("k", qk), ("v", v)):
+        inputs[name] = torch.full((total_keys, heads, width), float("nan"))
+        inputs[name][owned] = torch.randn(len(owned), heads, width, generator=g)
+    if position:
+        inputs["position_weight"] = torch.randn(position, 2 * longest + 5, generator=g)
+    kind = PowerLaw() if power_law else BUCKETS
+    if time:
+        inputs["time_weight"] = torch.randn(time, kind.num_weights, generator=g) * (0.1 if power_law else 1.0)
+    plan = make_plan(
+        torch.tensor([0, *queries]).cumsum(0).to(offsets_dtype), longest, asked_at, key_time, kind, mask=mask or Mask(),
+        num_targets=targets.to(offsets_dtype), key_starts=starts.to(offsets_dtype),
+        key_lengths=lengths.to(offsets_dtype), max_query_len=int(queries.max()), count_rows=True,
+    )  # fmt: skip
+    return {n: x.to(dtype) for n, x in inputs.items()}, plan
