@@ -9,11 +9,15 @@ import functools
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hstu.errors import UserError
+
+BAD_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT)
+"""A folder that was asked for cannot be there: a file is in its way, a read-only disk, a quota."""
 
 
 def conf_dir() -> Path:
@@ -63,6 +67,7 @@ def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") ->
     @hydra.main(version_base=None, config_path=str(conf_dir() / folder), config_name=config_name)
     def job(cfg: Any) -> None:
         try:
+            _check_model_options(cfg)
             task(cfg)
         except Exception as error:
             failures.append(error)
@@ -70,6 +75,45 @@ def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") ->
     job()
     if failures:
         raise failures[0]
+
+
+def _check_model_options(cfg: Any) -> None:
+    """Raises UserError where an experiment sets options of another model than the one chosen on the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from hstu.config import MODELS
+
+    model = cfg.get("model") or {}
+    name = model.get("name")
+    if name not in MODELS:
+        return
+    known = {other: {f.name for f in dataclasses.fields(cls)} for other, cls in MODELS.items()}
+    foreign = sorted(str(key) for key in model if key not in known[name])
+    owners = [other for other, names in known.items() if foreign and names.issuperset(foreign)]
+    if not owners:
+        return
+    chosen = HydraConfig.get().runtime.choices
+    fitting = _experiments(chosen.get("data"), name)
+    take = f"take experiment={' or experiment='.join(fitting)}, or " if fitting else ""
+    drop = [f"'~model.{key}'" for key in foreign] + (["variants=null"] if cfg.get("variants") else [])
+    raise UserError(
+        f"experiment={chosen.get('experiment')} sets {', '.join(f'model.{key}' for key in foreign)} of model="
+        f"{' or '.join(owners)}, which model={name} does not have: {take}drop what is for the other model with "
+        f"{' '.join(drop)}"
+    )
+
+
+def _experiments(data: str | None, model: str) -> list[str]:
+    """Names of the experiment files on this data set with this model."""
+    import yaml
+
+    folder, found = conf_dir() / "experiment", []
+    for path in folder.rglob("*.yaml"):
+        defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+        picked = {group: choice for entry in defaults for group, choice in dict(entry).items()}
+        if (picked.get("override /data"), picked.get("override /model")) == (data, model):
+            found.append(path.relative_to(folder).with_suffix("").as_posix())
+    return sorted(found)
 
 
 def command(main: Callable[..., Any]) -> Callable[..., int]:
@@ -116,6 +160,8 @@ def _one_line(error: BaseException) -> str | None:
         return f"the disk is full ({error.filename or 'while writing'}): free some space or set another data.root"
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}: change its rights or choose another place"
+    if isinstance(error, OSError) and error.filename and error.errno in BAD_PLACE:
+        return f"{error.filename} cannot be written ({error.strerror}): choose another place"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_line(error)
     return None
@@ -138,17 +184,43 @@ def _hydra_line(error: BaseException) -> str:
         return f"{group}={name}: no such choice; {hint}{group} is one of {', '.join(choices)}"
     causes = [error] if error.__cause__ is None else [error, error.__cause__]
     parts = [str(cause).strip().splitlines()[0].strip() for cause in causes if str(cause).strip()]
-    return _with_near_key(" ".join(dict.fromkeys(parts)))
+    line = " ".join(dict.fromkeys(parts))
+    if found := re.search(r"Ambiguous value for argument '([\w.]+)=(.*)'", line):
+        name, value = found.groups()
+        return f"{name}={value}: a list is written {name}=[{value}]; to run once with each value, add -m"
+    if found := re.search(r"Missing mandatory value: ([\w.]+)", line):
+        return f"{found.group(1)} is not set: give {found.group(1)}=VALUE (--help says what the command takes)"
+    return _with_near_key(line)
 
 
 def _with_near_key(line: str) -> str:
-    """Adds the nearest field to OmegaConf's ``Key 'x' not in 'SomeConfig'``."""
+    """Adds the nearest field to OmegaConf's ``Key 'x' not in 'SomeConfig'`` and ``Key 'x' is not in struct``."""
     from hstu import config
 
+    if found := re.search(r"Could not override '([\w.]+)'.* Key '(\w+)' is not in struct", line):
+        *parents, key = found.group(1).split(".")
+        return _near(f"there is no option {found.group(1)}", key, _option_names(parents))
     found = re.search(r"Key '(\w+)' (?:is )?not in '(\w+)'", line)
     cls = getattr(config, found.group(2), None) if found else None
     if found is None or not dataclasses.is_dataclass(cls):
         return line
-    names = [f.name for f in dataclasses.fields(cls)]
-    near = difflib.get_close_matches(found.group(1), names, n=1)
-    return f"{line}; did you mean {near[0]}?" if near else f"{line}; it has {', '.join(sorted(names))}"
+    return _near(line, found.group(1), {f.name for f in dataclasses.fields(cls)})
+
+
+def _near(line: str, key: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(key, names - {key}, n=1)
+    if near:
+        return f"{line}; did you mean {near[0]}?"
+    return f"{line}; it is one of {', '.join(sorted(names))}" if names else line
+
+
+def _option_names(parents: list[str]) -> set[str]:
+    """Names of the options in a group such as ``["model", "bias"]``, of every model; the top level for []."""
+    from hstu.config import Config
+
+    classes: list[type] = [Config]
+    for part in parents:
+        hints = [hint for cls in classes if (hint := typing.get_type_hints(cls).get(part)) is not None]
+        members = [cls for hint in hints for cls in (typing.get_args(hint) or (hint,))]
+        classes = [cls for cls in members if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
+    return {f.name for cls in classes for f in dataclasses.fields(cls)}
