@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hstu.config import StochasticLengthConfig
 from hstu.data.splits import Split, Targets
-from hstu.data.stochastic_length import StochasticLength, savings
+from hstu.data.stochastic_length import make_sampler, savings
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
 from hstu.seeding import derive
@@ -188,8 +188,7 @@ class TrainBatches:
         self.lengths = np.minimum(counts[self.users] - 1, max_len).astype(np.int64)
         self.first_rows = (split.train_end[self.users] - 1 - self.lengths).astype(np.int64)
         self.batch_users, self.batch_tokens = batch_users, batch_tokens
-        on = stochastic_length is not None and stochastic_length.alpha is not None
-        self.sampler = StochasticLength(stochastic_length, self.lengths, seed) if on else None  # type: ignore[arg-type]
+        self.sampler = make_sampler(stochastic_length, int(self.lengths.max()), seed)
         self._timestamps = store.timestamps
         self._epoch: EpochPlan | None = None
         self._lock = threading.Lock()
@@ -199,7 +198,7 @@ class TrainBatches:
             if self._epoch is None or self._epoch.epoch != epoch:
                 generator = np.random.Generator(np.random.PCG64(derive(self.seed, ORDER_SEED, epoch)))
                 order = generator.permutation(len(self.users))
-                kept = self.lengths if self.sampler is None else self.sampler.epoch_lengths(epoch)
+                kept = self.lengths if self.sampler is None else self.sampler.epoch_lengths(self.lengths, epoch)
                 bounds = cut_batches(kept[order], self.batch_users, self.batch_tokens)
                 self._epoch = EpochPlan(epoch, order, kept, bounds)
             return self._epoch

@@ -18,6 +18,7 @@ from hstu.config import Config
 from hstu.data.batches import cut_batches
 from hstu.data.ranking import RankingData, Sequences, cut_fused, cut_interleaved
 from hstu.data.splits import Split, Targets
+from hstu.data.stochastic_length import make_sampler, savings
 from hstu.errors import UserError
 from hstu.seeding import derive
 
@@ -113,14 +114,26 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def gather(data: RankingData, sequences: Sequences, with_labels: bool = True) -> RankingBatch:
-    """The batch of ``sequences``, on the CPU."""
+def sequence_rows(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """[L] int64 absolute event rows of the joined sequences, and which sequence each belongs to."""
     lengths = sequences.stop - sequences.first
+    owner = np.repeat(np.arange(len(sequences)), lengths)
+    return np.arange(len(owner)) + (sequences.first - np.cumsum(lengths) + lengths)[owner], owner
+
+
+def gather(data: RankingData, sequences: Sequences, with_labels: bool = True,
+           keep: np.ndarray | None = None) -> RankingBatch:  # fmt: skip
+    """The batch of ``sequences``, on the CPU.
+
+    keep: [K] int64, ascending. Places among their joined events that stay; None: all.
+    """
+    rows, owner = sequence_rows(sequences)
+    if keep is not None:
+        rows, owner = rows[keep], owner[keep]
+    lengths = np.bincount(owner, minlength=len(sequences))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    total = int(offsets[-1])
-    rows = np.arange(total) + np.repeat(sequences.first - offsets[:-1], lengths)
-    num_targets = sequences.stop - sequences.split
-    targets = np.flatnonzero(rows >= np.repeat(sequences.split, lengths))
+    targets = np.flatnonzero(rows >= sequences.split[owner])
+    num_targets = np.bincount(owner[targets], minlength=len(sequences))
     store = data.store
     item_ids, times = store.item_ids[rows].astype(np.int64), np.asarray(store.timestamps[rows])
     labels = {}
@@ -156,11 +169,27 @@ def cut(config: Config, users: np.ndarray, starts: np.ndarray, begins: np.ndarra
     return (cut_fused if fused else cut_interleaved)(users, starts, begins, ends, max_len, step, phases)
 
 
+@dataclass(frozen=True)
+class EpochPlan:
+    """The sequences of an epoch, shuffled, and how many of their events stay."""
+
+    epoch: int
+    sequences: Sequences
+    lengths: np.ndarray
+    """[S] int64. Events that stay."""
+    kept: np.ndarray
+    """[S] int64. Those of them that stochastic length chose."""
+    bounds: np.ndarray
+    """[steps+1] int64. Batch s is the sequences bounds[s] .. bounds[s+1]."""
+
+
 class RankingBatches:
     """Training batches; ``batch(epoch, step)`` is a pure function of (seed, epoch, step).
 
     Every training event is predicted once an epoch. Where a user's events need several sequences, their cuts move
-    from epoch to epoch.
+    from epoch to epoch. With ``run.stochastic_length`` long sequences keep some of their events, each with its action:
+    in the interleaved form of all of them, so that a dropped event is not predicted in this epoch; in the fused form
+    of the history only, so that all are.
 
     Args:
         data: what to train on.
@@ -176,35 +205,56 @@ class RankingBatches:
             raise UserError(f"{data.store.path}: no event lies in the training part; take a later data.split_time")
         self.num_skipped = int(data.store.num_users - len(self.users))
         self.starts, self.ends = offsets[:-1][self.users], split.train_end[self.users]
-        self._epoch: int | None = None
-        self._sequences = Sequences(*(np.empty(0, np.int64),) * 4)
-        self._bounds = np.empty(0, np.int64)
+        longest = min(config.model.max_len, int((self.ends - self.starts).max()))
+        self.sampler = make_sampler(config.run.stochastic_length, longest, config.seed)
+        self._epoch: EpochPlan | None = None
         self._lock = threading.Lock()
 
-    def _enter(self, epoch: int) -> tuple[Sequences, np.ndarray]:
+    def _enter(self, epoch: int) -> EpochPlan:
         with self._lock:
-            if self._epoch != epoch:
+            if self._epoch is None or self._epoch.epoch != epoch:
                 seed, run = self.config.seed, self.config.run
                 phase = derive(seed, PHASE_SEED, epoch)
                 whole = cut(self.config, self.users, self.starts, self.starts, self.ends, phase)
                 order = np.random.Generator(np.random.PCG64(derive(seed, ORDER_SEED, epoch))).permutation(len(whole))
-                self._sequences = take(whole, order)
-                lengths = self._sequences.stop - self._sequences.first
-                self._bounds = cut_batches(lengths, run.batch_users, run.batch_tokens)
-                self._epoch = epoch
-            return self._sequences, self._bounds
+                sequences = take(whole, order)
+                cuttable = self._cuttable(sequences)
+                kept = cuttable if self.sampler is None else self.sampler.epoch_lengths(cuttable, epoch)
+                lengths = sequences.stop - sequences.first - cuttable + kept
+                bounds = cut_batches(lengths, run.batch_users, run.batch_tokens)
+                self._epoch = EpochPlan(epoch, sequences, lengths, kept, bounds)
+            return self._epoch
+
+    def _cuttable(self, sequences: Sequences) -> np.ndarray:
+        """[S] int64. How many events of each sequence stochastic length chooses from; they come first."""
+        assert self.config.ranking is not None
+        return (sequences.split if self.config.ranking.form == "fused" else sequences.stop) - sequences.first
 
     def num_steps(self, epoch: int) -> int:
         """Batches in the epoch; it can differ between epochs."""
-        return len(self._enter(epoch)[1]) - 1
+        return len(self._enter(epoch).bounds) - 1
 
     def batch(self, epoch: int, step: int) -> RankingBatch:
-        sequences, bounds = self._enter(epoch)
-        return gather(self.data, take(sequences, slice(bounds[step], bounds[step + 1])))
+        plan = self._enter(epoch)
+        part = slice(plan.bounds[step], plan.bounds[step + 1])
+        sequences, kept = take(plan.sequences, part), plan.kept[part]
+        if self.sampler is None:
+            return gather(self.data, sequences)
+        rows, owner = sequence_rows(sequences)
+        cuttable = self._cuttable(sequences)
+        dropped = rows < (sequences.first + cuttable)[owner]
+        places = np.flatnonzero(dropped)
+        times = np.asarray(self.data.store.timestamps[rows[places]]) if self.sampler.selection == "recency" else None
+        dropped[places[self.sampler.positions(cuttable, kept, epoch, step, times)]] = False
+        return gather(self.data, sequences, keep=np.flatnonzero(~dropped))
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
-        """As of ``TrainBatches``; nothing is cut here."""
-        return {}
+        """As of ``TrainBatches``."""
+        if self.sampler is None:
+            return {}
+        plan = self._enter(epoch)
+        stop = len(plan.lengths) if num_steps is None else plan.bounds[num_steps]
+        return savings((plan.sequences.stop - plan.sequences.first)[:stop], plan.lengths[:stop])
 
 
 class ProgressiveBatches:
@@ -215,6 +265,9 @@ class ProgressiveBatches:
     """
 
     def __init__(self, data: RankingData, config: Config) -> None:
+        alpha = config.run.stochastic_length.alpha
+        if alpha is not None:
+            raise UserError(f"run.stochastic_length.alpha={alpha}: expected null with ranking.mode=progressive")
         self.data, self.config = data, config
         store = data.store
         self.users = np.arange(store.num_users)

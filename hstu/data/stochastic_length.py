@@ -114,24 +114,29 @@ def savings_text(saved: Mapping[str, float], before: str) -> str:
     return f"{before}{dropped:.1f} % of the events dropped, {work:.1f} % of the attention work saved"
 
 
+def make_sampler(config: StochasticLengthConfig | None, longest: int, seed: int) -> StochasticLength | None:
+    """The sampler of a training whose longest sequence is ``longest``; None where it is off."""
+    return None if config is None or config.alpha is None else StochasticLength(config, longest, seed)
+
+
 class StochasticLength:
     """The sampler of one training: what it keeps is a pure function of (seed, epoch, step), so resuming is exact.
 
     Args:
         config: alpha (not None) and selection.
-        lengths: [U] int64. Length of every training sequence; N is their maximum.
+        longest: N, the longest sequence that training sees.
         seed: of the run.
     """
 
-    def __init__(self, config: StochasticLengthConfig, lengths: np.ndarray, seed: int) -> None:
+    def __init__(self, config: StochasticLengthConfig, longest: int, seed: int) -> None:
         assert config.alpha is not None
-        self.alpha, self.selection, self.seed = config.alpha, config.selection, seed
-        self.lengths, self.longest = lengths, int(lengths.max())
+        self.alpha, self.selection, self.seed, self.longest = config.alpha, config.selection, seed, longest
 
-    def epoch_lengths(self, epoch: int) -> np.ndarray:
-        """[U] int64. Length of every sequence in this epoch; known ahead, so that batches can be cut and balanced."""
+    def epoch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """[U] int64. What is left in this epoch of the ``lengths`` [U] of all sequences; known before any batch is
+        made, so that batches can be filled and balanced by it."""
         rng = np.random.Generator(np.random.PCG64(derive(self.seed, LENGTH_SEED, epoch)))
-        return draw_lengths(self.lengths, self.longest, self.alpha, rng)
+        return draw_lengths(lengths, self.longest, self.alpha, rng)
 
     def positions(self, lengths: np.ndarray, kept: np.ndarray, epoch: int, step: int,
                   timestamps: np.ndarray | None = None) -> np.ndarray:  # fmt: skip

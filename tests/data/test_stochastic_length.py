@@ -142,14 +142,14 @@ def test_savings_by_hand():
 
 def test_what_is_kept_is_a_function_of_seed_epoch_and_step():
     lengths = np.full(200, 50)
-    first = StochasticLength(StochasticLengthConfig(1.5, "uniform"), lengths, seed=7)
-    second = StochasticLength(StochasticLengthConfig(1.5, "uniform"), lengths, seed=7)
-    kept = second.epoch_lengths(4)  # asked without the epochs before it
-    np.testing.assert_array_equal(first.epoch_lengths(4), kept)
+    first = StochasticLength(StochasticLengthConfig(1.5, "uniform"), 50, seed=7)
+    second = StochasticLength(StochasticLengthConfig(1.5, "uniform"), 50, seed=7)
+    kept = second.epoch_lengths(lengths, 4)  # asked without the epochs before it
+    np.testing.assert_array_equal(first.epoch_lengths(lengths, 4), kept)
     np.testing.assert_array_equal(first.positions(lengths, kept, 4, 9), second.positions(lengths, kept, 4, 9))
-    assert not np.array_equal(first.epoch_lengths(5), kept)
-    other = StochasticLength(StochasticLengthConfig(1.5, "uniform"), lengths, seed=8)
-    assert not np.array_equal(other.epoch_lengths(4), kept)
+    assert not np.array_equal(first.epoch_lengths(lengths, 5), kept)
+    other = StochasticLength(StochasticLengthConfig(1.5, "uniform"), 50, seed=8)
+    assert not np.array_equal(other.epoch_lengths(lengths, 4), kept)
     assert not np.array_equal(first.positions(lengths, kept, 4, 10), first.positions(lengths, kept, 4, 9))
 
 
