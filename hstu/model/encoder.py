@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hstu.config import HSTUConfig, ModelConfig
 from hstu.data.batches import Batch
 from hstu.model.bias import time_buckets
-from hstu.model.layer import HSTULayer
+from hstu.model.layer import HSTULayer, LayerCache
 from hstu.seeding import derive
 from kernels._dropout import seeded_dropout
 from kernels.attention import AttentionPlan, Mask, make_plan, sequence_positions
@@ -33,6 +33,10 @@ class Layout:
         request_times: [L] int64, s. When the prediction at each token is asked for.
         num_targets: [B] int64. Tokens at each user's end that are targets, or None.
         contextual: tokens at each user's start that see all of the history.
+        key_starts, key_lengths: [B] int64. Cached inference: the tokens are the last of a sequence whose keys lie in
+            rows key_starts[b] .. + key_lengths[b] of the caches; then max_len is the longest such sequence.
+        key_times: [rows of the caches] int64, s. None: the tokens' own.
+        max_tokens: most tokens of one user; None: max_len.
     """
 
     offsets: Tensor
@@ -41,6 +45,10 @@ class Layout:
     request_times: Tensor
     num_targets: Tensor | None = None
     contextual: int = 0
+    key_starts: Tensor | None = None
+    key_lengths: Tensor | None = None
+    key_times: Tensor | None = None
+    max_tokens: int | None = None
 
 
 class Encoder(nn.Module):
@@ -97,18 +105,25 @@ class HSTUEncoder(Encoder):
         times: tuple[Any, ...] = (None, None, None)
         if self.time_buckets is not None:
             query_time = layout.request_times if self.request_time else layout.timestamps
-            times = (query_time, layout.timestamps, self.time_buckets)
+            key_time = layout.timestamps if layout.key_times is None else layout.key_times
+            times = (query_time, key_time, self.time_buckets)
         return make_plan(
             layout.offsets, layout.max_len, *times,
             mask=replace(self.mask, contextual=layout.contextual),
             num_targets=layout.num_targets,
+            key_starts=layout.key_starts,
+            key_lengths=layout.key_lengths,
+            max_query_len=layout.max_tokens,
             count_rows=self.count_rows,
         )  # fmt: skip
 
-    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
+    def forward(
+        self, events: Tensor, plan: AttentionPlan, seed: int | None, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """caches: one a layer, to be written and, where the plan says so, read (cached inference)."""
         x = self.input(events, plan, layer_seed(seed, 0))
         for index, layer in enumerate(self.layers):
-            x = layer(x, plan, layer_seed(seed, index + 1))
+            x = layer(x, plan, layer_seed(seed, index + 1), None if caches is None else caches[index])
         return x
 
 

@@ -5,6 +5,7 @@ Legend: L total events, D model width, H heads, A query/key width, V value width
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,18 @@ NORM_EPS = 1e-6
 """Of both norms (reference code)."""
 PROJECTION_STD = 0.02
 """Initial standard deviation of the projection to u, v, q, k (reference code)."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer for cached inference."""
+
+    k: Tensor
+    """[rows, H, A]."""
+    v: Tensor
+    """[rows, H, V]."""
+    first: int = 0
+    """Row at which the keys and values of this pass are written."""
 
 
 class HSTULayer(nn.Module):
@@ -42,13 +55,25 @@ class HSTULayer(nn.Module):
         self.out_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(config.dim, v_width)).T.contiguous())
         self.out_bias = nn.Parameter(out.bias.detach().clone())
 
-    def forward(self, x: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
-        """x: [L, D]; seed: of the dropout, None in evaluation. Returns [L, D]."""
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, seed: int | None, cache: LayerCache | None = None
+    ) -> Tensor:  # fmt: skip
+        """x: [L, D]; seed: of the dropout, None in evaluation. Returns [L, D].
+
+        cache: keys and values of the rows are written there; a plan in the delta form then reads all of them from it.
+        """
         u, v, q, k = norm_linear_silu(x, self.uvqk, NORM_EPS).split(self.widths, dim=1)
+        q, k = (t.unflatten(1, (self.num_heads, self.qk_dim)) for t in (q, k))  # [L, H, A]
+        v = v.unflatten(1, (self.num_heads, self.v_dim))  # [L, H, V]
+        if cache is not None:
+            rows = slice(cache.first, cache.first + x.shape[0])
+            cache.k[rows], cache.v[rows] = k, v
+            if plan.is_delta:
+                k, v = cache.k, cache.v
         av = attention(
-            q.unflatten(1, (self.num_heads, self.qk_dim)),  # [L, H, A]
-            k.unflatten(1, (self.num_heads, self.qk_dim)),
-            v.unflatten(1, (self.num_heads, self.v_dim)),  # [L, H, V]
+            q,
+            k,
+            v,
             plan,
             self.bias.position,
             self.bias.time,
