@@ -282,10 +282,11 @@ def without_paths(value: Any) -> Any:
 # README
 
 
-def readme_block(block: str, records: Sequence[tuple[str, Record]]) -> str:
-    """Markdown of one README block."""
+def readme_block(block: str, records: Sequence[tuple[str, Record]], results: Path = RESULTS) -> str:
+    """Markdown of one README block; ``results`` is the folder of the records and their plots."""
     if block == "kernels":
-        return _kernels([r for _, r in records if r.kind == "kernel"])
+        on_gpu = [(file, r) for file, r in records if r.kind == "kernel" and _is_gpu_record(r)]
+        return _kernels([r for _, r in on_gpu]) + _plots([file for file, _ in on_gpu], results)
     if not records:
         return "No records yet."
     if block == "accuracy":
@@ -341,15 +342,25 @@ def _timing(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) if parts else "No records yet."
 
 
+def _is_gpu_record(record: Record) -> bool:
+    """Whether it was measured on a GPU, at sizes that mean something."""
+    return bool(record.machine.get("gpu")) and record.config.get("device") == "cuda" and not record.config.get("toy")
+
+
+def _plots(files: Sequence[str], results: Path) -> str:
+    """The plots that lie beside the records ``files`` in ``results``, as Markdown images."""
+    names = [f"{file.removesuffix('.json')}-{plot}" for file in files for plot in ("tflops", "memory", "roofline")]
+    found = [name for name in names if (results / f"{name}.png").exists()]
+    return "".join(f"\n\n![{name[11:]}](benchmarks/results/{name}.png)" for name in found)  # 11: without the date
+
+
 def _kernels(records: Sequence[Record]) -> str:
-    """Ops on a GPU, ours beside what a user would pick instead; records of a CPU or of toy sizes are left out.
+    """Ops on a GPU, ours beside what a user would pick instead.
 
     Of an op that has points with a competitor only those are shown, so that the table stays short.
     """
     shown: dict[tuple[str, str, str, str], tuple[Record, Mapping[str, Any], dict[str, float]]] = {}
     for record in records:
-        if not record.machine.get("gpu") or record.config.get("device") != "cuda" or record.config.get("toy"):
-            continue
         rows = [row for row in record.timing.get("rows", []) if "ms" in row and row["pass"] != "backward"]
         for row in rows:
             key = record.model, str(row["point"]), str(row["pass"]), str(row["dtype"])
@@ -415,7 +426,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
-def fill_readme(text: str, records: Sequence[tuple[str, Record]]) -> str:
+def fill_readme(text: str, records: Sequence[tuple[str, Record]], results: Path = RESULTS) -> str:
     """``text`` with every results block rewritten. UserError where it has no block at all or an unclosed one."""
     found = False
     for block in BLOCKS:
@@ -425,7 +436,7 @@ def fill_readme(text: str, records: Sequence[tuple[str, Record]]) -> str:
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             raise UserError(f"README block {block}: expected one {start} followed by one {end}")
         before, _, rest = text.partition(start)
-        text = f"{before}{start}\n{readme_block(block, records)}\n{end}{rest.partition(end)[2]}"
+        text = f"{before}{start}\n{readme_block(block, records, results)}\n{end}{rest.partition(end)[2]}"
         found = True
     if not found:
         raise UserError(
@@ -574,7 +585,7 @@ def _readme_command(readme: Path, results: Path, check: bool) -> int:
     if not readme.exists():
         raise UserError(f"{readme} does not exist")
     old = readme.read_text(encoding="utf-8")
-    new = fill_readme(old, read_records(results))
+    new = fill_readme(old, read_records(results), results)
     if not check:
         readme.write_text(new, encoding="utf-8")
         print(f"{readme}: {'unchanged' if new == old else 'tables rewritten'}")

@@ -114,3 +114,13 @@ def test_the_readme_shows_ours_beside_the_others_of_the_same_run():
 def test_kernel_records_stay_out_of_the_timing_table():
     kept = report.Record(**record("attention", [row("forward", 1.0)]))
     assert report.readme_block("timing", [("x.json", kept)]) == "No records yet."
+
+
+def test_the_readme_shows_the_plots_beside_the_records_of_a_gpu(tmp_path):
+    for name in ("gpu-attention-tflops", "gpu-attention-fp32-roofline", "toy-attention-roofline"):
+        (tmp_path / f"2026-01-31-{name}.png").touch()
+    gpu = report.Record(**record("attention", [row("forward", 1.0)], name="gpu-attention"))
+    toy = report.Record(**record("attention", [row("forward", 1.0)], config={"device": "cuda", "toy": True}))
+    records = [("2026-01-31-gpu-attention.json", gpu), ("2026-01-31-toy-attention.json", toy)]
+    images = [line for line in report.readme_block("kernels", records, tmp_path).splitlines() if line.startswith("!")]
+    assert images == ["![gpu-attention-tflops](benchmarks/results/2026-01-31-gpu-attention-tflops.png)"]
