@@ -57,6 +57,9 @@ class FeatureTables(nn.Module):
         if features.keys != self.keys:
             raise ValueError(f"features are {list(features.keys)}, the tables {list(self.keys)}")
         rows = features.num_rows
+        if rows == 0:  # torchrec cannot split nothing
+            table = next(self.parameters(), features.numbers)
+            return [table.new_zeros(0, table.shape[1])] * len(self.keys)
         pooled = []
         lengths = features.lengths.view(len(self.keys), rows)
         for index, embedded in enumerate(self._lookup(features)):

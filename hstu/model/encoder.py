@@ -37,6 +37,7 @@ class Layout:
             rows key_starts[b] .. + key_lengths[b] of the caches; then max_len is the longest such sequence.
         key_times: [rows of the caches] int64, s. None: the tokens' own.
         max_tokens: most tokens of one user; None: max_len.
+        num_positions: positions that are needed, fewer than max_len where there are targets; None: max_len.
     """
 
     offsets: Tensor
@@ -49,6 +50,7 @@ class Layout:
     key_lengths: Tensor | None = None
     key_times: Tensor | None = None
     max_tokens: int | None = None
+    num_positions: int | None = None
 
 
 class Encoder(nn.Module):
@@ -114,6 +116,7 @@ class HSTUEncoder(Encoder):
             key_starts=layout.key_starts,
             key_lengths=layout.key_lengths,
             max_query_len=layout.max_tokens,
+            num_positions=layout.num_positions,
             count_rows=self.count_rows,
         )  # fmt: skip
 

@@ -40,7 +40,7 @@ def attention(
         k: same shape and dtype; in the delta form [K, H, A], rows as the plan's key_starts and key_lengths say.
         v: [L or K, H, V], same dtype.
         plan: layout, mask and times of the batch (:func:`kernels.attention.make_plan`).
-        position_weight: [H or 1, 2N-1] with N >= plan.max_len, or None.
+        position_weight: [H or 1, 2N-1] with N >= plan.num_positions, or None.
         time_weight: [H or 1, buckets] (power law: [H or 1, 2]), or None; the plan must then hold times.
         divisor: > 0, a constant for the batch (published: the padded width N); "max_len": the batch's longest user;
             "row_count": how many rows each row sees (the plan made with count_rows).
@@ -129,9 +129,9 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, position_wei
         raise ValueError(f"q, k, v, plan: expected one device, got {devices}")
     if position_weight is not None:
         heads, size = position_weight.shape if position_weight.dim() == 2 else (0, 0)
-        if heads not in (1, q.shape[1]) or size % 2 == 0 or size < 2 * plan.max_len - 1:
+        if heads not in (1, q.shape[1]) or size % 2 == 0 or size < 2 * plan.num_positions - 1:
             raise ValueError(
-                f"position_weight: expected [1 or {q.shape[1]}, 2N-1] with N >= {plan.max_len}, "
+                f"position_weight: expected [1 or {q.shape[1]}, 2N-1] with N >= {plan.num_positions}, "
                 f"got {list(position_weight.shape)}"
             )
     if time_weight is not None:

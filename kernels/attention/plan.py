@@ -33,6 +33,7 @@ class AttentionPlan:
         mask: who sees whom.
         num_targets: [B] int64. Rows at each user's end that are targets, or None.
         max_query_len: longest user (its query rows), int.
+        num_positions: positions that the position bias must reach: the longest user, or fewer where there are targets.
         key_starts, key_lengths: [B] int64. Delta form: user b's keys are rows key_starts[b] .. + key_lengths[b] of k
             and v, and its query rows are the last of that sequence. None: queries and keys are the same rows.
         row_counts: [L] float32. Rows that each query row sees (at least 1), or None.
@@ -57,6 +58,7 @@ class AttentionPlan:
     mask: Mask = CAUSAL
     num_targets: Tensor | None = None
     max_query_len: int = 0
+    num_positions: int = 0
     key_starts: Tensor | None = None
     key_lengths: Tensor | None = None
     row_counts: Tensor | None = None
@@ -91,6 +93,7 @@ def make_plan(
     key_lengths: Tensor | None = None,
     max_query_len: int | None = None,
     count_rows: bool = False,
+    num_positions: int | None = None,
 ) -> AttentionPlan:
     """Lays out a batch for all attention layers.
 
@@ -108,6 +111,8 @@ def make_plan(
             or neither. ``key_lengths[b]`` is at least the user's query rows.
         max_query_len: int, at least the longest user's query rows; ``max_len`` when None.
         count_rows: also count the rows each row sees, for ``divisor="row_count"``.
+        num_positions: int, with targets: at least the longest history and one, since all targets stand right after it;
+            ``max_len`` when None.
 
     Raises:
         ValueError: shapes, dtypes or the presence of arguments do not fit together; on the CPU also lengths that do
@@ -123,9 +128,13 @@ def make_plan(
         num_targets = num_targets.to(torch.int64)
     if offsets.device.type == "cpu":
         _check_lengths_on_cpu(lengths, key_lengths, num_targets, max_len, longest)
+    positions = max_len if num_positions is None else num_positions
     plan = AttentionPlan(
-        offsets, max_len, query_time, key_time, time_buckets, mask, num_targets, longest, key_starts, key_lengths
-    )
+        offsets, max_len, query_time, key_time, time_buckets, mask, num_targets, longest, positions,
+        key_starts, key_lengths,
+    )  # fmt: skip
+    if offsets.device.type == "cpu" and lengths.numel() and num_positions is not None:
+        _check_positions_on_cpu(plan)
     if count_rows:
         plan = replace(plan, row_counts=_row_counts(plan))
     if offsets.device.type == "cpu" and key_starts is not None and key_lengths is not None:
@@ -167,6 +176,14 @@ def _check_lengths_on_cpu(
         raise ValueError(f"max_query_len={max_query_len}: the longest user has {int(lengths.max())} query rows")
     if num_targets is not None and bool(((num_targets < 0) | (num_targets > keys)).any()):
         raise ValueError("num_targets: expected 0 .. the user's number of rows")
+
+
+def _check_positions_on_cpu(plan: AttentionPlan) -> None:
+    """On the CPU, where reading is free."""
+    keys = plan.offsets.diff() if plan.key_lengths is None else plan.key_lengths
+    longest = int(keys.max()) if plan.num_targets is None else int((keys - plan.num_targets).max()) + 1
+    if longest > plan.num_positions:
+        raise ValueError(f"num_positions={plan.num_positions}: the longest history needs {longest}")
 
 
 def _query_user(plan: AttentionPlan) -> Tensor:
