@@ -60,6 +60,8 @@ def _raw_folder(config: DataConfig) -> Path:
 
 
 def _given(raw: str) -> list[Path]:
+    if not raw.strip():  # an unset variable of the shell; as a path it would be the current folder
+        raise UserError("data.raw is empty: expected a file, a folder or a glob; leave data.raw out to look elsewhere")
     path = Path(raw).expanduser()
     if path.exists():
         return [path]

@@ -56,7 +56,7 @@ class Rejects:
             raise UserError(f"{message}; mend the row, or leave such rows out with data.on_bad_row=skip")
         new = not self.reasons
         self.first = self.first or message
-        kind = re.sub(r" \(.*\)$| '[^']*'", "", reason)
+        kind = re.sub(r" \(.*\)$|( separated by)? '[^']*'", "", reason)
         self.reasons[kind] = self.reasons.get(kind, 0) + 1
         with open(self.path, "a", encoding="utf-8", newline="") as out:
             writer = csv.writer(out)

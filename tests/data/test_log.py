@@ -316,7 +316,7 @@ def test_quick_and_slow_reading_agree(tmp_path: Path) -> None:
     quick = prepare_log(tmp_path, tmp_path / "a.csv", protocol="reference")
     slow = prepare_log(tmp_path, tmp_path / "b.csv", protocol="reference", on_bad_row="skip")
     assert slow.meta["split_hash"] == quick.meta["split_hash"]
-    assert slow.meta["rejects"] == {"expected 3 fields separated by, got 1": 1}
+    assert slow.meta["rejects"] == {"expected 3 fields, got 1": 1}
 
 
 def test_result_does_not_depend_on_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,6 +527,8 @@ def test_wrong_places(tmp_path: Path) -> None:
         prepare_log(tmp_path, tmp_path / "logs.csv")
     with pytest.raises(UserError, match="no file matches"):
         prepare_log(tmp_path, f"{tmp_path}/*.json")
+    with pytest.raises(UserError, match="data.raw is empty: expected a file"):
+        prepare_log(tmp_path, "")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no log: expected files ending in .csv"):
         prepare_log(tmp_path, tmp_path / "empty")
