@@ -482,7 +482,8 @@ class Config:
     seeds: list[int] | None = None
     """Several seeds in one command: mean and standard deviation are reported."""
     variants: dict[str, list[str]] = field(default_factory=dict)
-    """Name -> overrides such as ``model.bias.time=false``: trained too, shown beside the experiment."""
+    """Name -> overrides such as ``model.bias.time=false``: trained too, shown beside the experiment. ``variants=null``
+    leaves out those of the experiment."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=HSTUConfig)
     loss: LossConfig = field(default_factory=LossConfig)
