@@ -118,13 +118,17 @@ class RankingConfig:
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Name -> what is predicted."""
     actions: dict[str, ActionConfig] = field(default_factory=dict)
-    """Column -> how it enters the action token; ``{}``: items only (ablation)."""
+    """Column -> how it enters the action token."""
     user_features: dict[str, FeatureConfig] = field(default_factory=dict)
     """Attribute of users -> a prefix token each."""
     item_features: dict[str, FeatureConfig] = field(default_factory=dict)
     """Attribute of items -> added to the item token."""
     event_features: dict[str, FeatureConfig] = field(default_factory=dict)
     """Column of events known before the action, or ``hour_of_day`` or ``day_of_week`` -> added to the item token."""
+    use_actions: bool = True
+    """false: ``actions`` are left out (ablation); action tokens stay and say nothing."""
+    use_features: bool = True
+    """false: all features are left out (ablation)."""
     utc_offset_hours: float = 0.0
     """Of ``hour_of_day`` and ``day_of_week``, hours."""
     targets: int = 16

@@ -5,14 +5,23 @@ Legend: U users, E events of the store, L events at hand, S sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hstu.config_ranking import ActionConfig, RankingConfig, TaskConfig
-from hstu.data.features import DERIVED, Coded, event_feature, item_feature, time_feature, user_feature
+from hstu.data.features import (
+    DERIVED,
+    MISSING,
+    Coded,
+    event_feature,
+    item_feature,
+    mean_and_scale,
+    time_feature,
+    user_feature,
+)
 from hstu.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,12 +37,30 @@ class RankingData:
     """
 
     def __init__(self, store: SequenceStore, config: RankingConfig) -> None:
+        if not config.use_actions:
+            config = replace(config, actions={})
+        if not config.use_features:
+            config = replace(config, user_features={}, item_features={}, event_features={})
         self.store, self.config = store, config
         self.user_features = {n: user_feature(store, n, c) for n, c in config.user_features.items()}
         self.item_features = {n: item_feature(store, n, c) for n, c in config.item_features.items()}
         stored = {n: c for n, c in config.event_features.items() if n not in DERIVED}
         self.event_features = {n: event_feature(store, n, c) for n, c in stored.items()}
         self.time_features = [n for n in config.event_features if n in DERIVED]
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Every label and action of the store, in parts that fit into memory."""
+        store, config = self.store, self.config
+        columns = {f"tasks.{n}.column": t.column for n, t in config.tasks.items()} | {
+            f"actions.{n}": n for n in config.actions
+        }
+        for where, column in columns.items():
+            if store.feature_values(column) is not None:
+                raise UserError(
+                    f"ranking.{where}={column}: that column of {store.path} holds codes of a feature; import it as a "
+                    "value (data.columns.values)"
+                )
         for start in range(0, store.num_events, _CHUNK_ROWS):
             rows = np.arange(start, min(start + _CHUNK_ROWS, store.num_events))
             for name in config.tasks:
@@ -56,11 +83,10 @@ class RankingData:
         config = self.config.tasks[task]
         where = f"ranking.tasks.{task}"
         values = _values(self.store, config.column, rows, f"{where}.column")
-        label = _label(values, config, where, rows)
         if config.mask_column is not None:
             mask = _values(self.store, config.mask_column, rows, f"{where}.mask_column")
-            label[~(np.nan_to_num(mask) != 0)] = np.nan
-        return label
+            values[np.nan_to_num(mask) == 0] = np.nan
+        return _label(values, config, where, rows)
 
     def priors(self, rows: np.ndarray) -> dict[str, list[float]]:
         """What the labels of the events ``rows`` are like, by task: the rate [1] (binary), the share of each level
@@ -78,7 +104,7 @@ class RankingData:
                 found[name] = [float(label.mean())]
             elif task.kind == "regression":
                 label = np.log1p(label) if task.transform == "log1p" else label
-                found[name] = [float(label.mean()), float(label.std()) or 1.0]
+                found[name] = list(mean_and_scale(label))
             else:
                 counts = np.bincount(label.astype(np.int64), minlength=len(task.levels))
                 found[name] = (counts / len(label)).tolist()
@@ -164,8 +190,10 @@ class RankingData:
         for name, feature in self.user_features.items():
             if isinstance(feature, Coded):
                 values, lengths = feature.take(rows)
-                values = np.where(np.repeat(known, lengths), values, 0)
-                coded[name] = values, lengths
+                own = np.repeat(known, lengths)
+                own[np.cumsum(lengths) - lengths] = True  # nobody has one value, the missing one
+                values = np.where(np.repeat(known, lengths), values, MISSING)[own]
+                coded[name] = values, np.where(known, lengths, 1)
             else:
                 numbers.append(np.where(known, feature.values[rows], np.nan))
         stacked = np.stack(numbers, axis=1) if numbers else np.empty((len(rows), 0))
@@ -178,17 +206,23 @@ class RankingData:
 
 
 def _values(store: SequenceStore, column: str, rows: np.ndarray, where: str) -> np.ndarray:
-    """float32 [L] of a column of the store."""
+    """float32 [L] of a column of the store, a copy."""
     found = store.actions if column == "actions" else store.columns.get(column)
     if found is None:
         names = [*(["actions"] if store.actions is not None else []), *sorted(store.columns)]
         raise UserError(f"{where}={column}: {store.path} has no such column; it has {', '.join(names) or 'none'}")
-    return np.asarray(found[rows], np.float32)
+    return np.array(found[rows], np.float32)
 
 
 def _label(values: np.ndarray, config: TaskConfig, where: str, rows: np.ndarray) -> np.ndarray:
     if config.kind == "regression":
-        return values.copy()
+        least = -1.0 if config.transform == "log1p" else -np.inf
+        bad = (values <= least) | (values == np.inf)
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            expected = "a finite value" + (" above -1 for transform=log1p" if config.transform == "log1p" else "")
+            raise UserError(f"{where}: event {int(rows[at])} has the value {values[at]:g}, expected {expected}")
+        return values
     if config.kind == "binary" and config.threshold is not None:
         return np.where(np.isnan(values), np.nan, values >= config.threshold).astype(np.float32)
     levels = [0.0, 1.0] if config.kind == "binary" else config.levels
