@@ -71,6 +71,13 @@ def _attention(g: torch.Generator, device: torch.device) -> list[Case]:
     v = _draw(g, device, length, heads, v_dim)
     position, time = _draw(g, device, 1, 2 * width - 1), _draw(g, device, heads, 129)
     scale = qk_dim**-0.5
+    # The last rows of the longest users as queries over the same keys; of the 17 rows, 3 of the 4 are candidates.
+    last = [torch.arange(end - rows, end) for end, rows in ((23, 4), (87, 2))]
+    cached = make_plan(
+        torch.tensor([0, 4, 6], device=device), max(LENGTHS), request[torch.cat(last)].to(device), times.to(device),
+        TimeBuckets(), num_targets=torch.tensor([3, 0], device=device), max_query_len=4,
+        key_starts=torch.tensor([6, 23], device=device), key_lengths=torch.tensor([17, 64], device=device),
+    )  # fmt: skip
     return [
         Case(
             "with position and time bias",
@@ -85,6 +92,13 @@ def _attention(g: torch.Generator, device: torch.device) -> list[Case]:
             3,
             lambda q, k, v: attention(q, k, v, plan, divisor=float(width), scale=scale),
             lambda q, k, v: attention_reference(q, k, v, plan, None, None, float(width), scale),
+        ),
+        Case(
+            "cached keys, candidates",
+            [_draw(g, device, 6, heads, qk_dim), k, v, position, time],
+            5,
+            lambda q, k, v, p, t: attention(q, k, v, cached, p, t, divisor=float(width), scale=scale),
+            lambda q, k, v, p, t: attention_reference(q, k, v, cached, p, t, float(width), scale),
         ),
     ]
 

@@ -3,7 +3,8 @@
 Useful work: the causal pairs of every user. Forward ``H n^2 (A + V)`` operations per user of n events, which is
 2 H n^2 A for A = V; backward 2.5 times that (five products of which two are computed again). The published CUTLASS
 figures count the same way. SDPA and flex_attention normalise with a softmax, so they compute something else; they are
-timed because they are what a user would take.
+timed because they are what a user would take. With ``C`` the point is cached inference: C candidates of each user
+against a history of S events (delta form); its pairs are those of candidates and history, and each with itself.
 
 Legend: B users, L total events, H heads, A query/key width, V value width, S longest user.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.ops import Absent, AotCase, Expect, Problem, Run, Sizes, Work, leaf, make_lengths, make_offsets, nbytes
 from kernels.attention import TimeBuckets, attention, make_plan
+from kernels.attention.reference import attention_reference
 
 BACKWARD_FLOPS = 2.5
 """Times the forward's."""
@@ -40,6 +42,13 @@ _PUBLIC: list[dict[str, Any]] = [
     {"name": "books", "B": 128, "H": 4, "A": 16, "S": 61},
     {"name": "books-large", "B": 128, "H": 8, "A": 8, "S": 61},
 ]
+_CACHED: list[dict[str, Any]] = [
+    {"name": f"cached-{b}x{s}-C{c}", "B": b, "H": 4, "A": 32, "S": s, "C": c, "lengths": lengths, "rab": True}
+    for b, s, c, lengths in (
+        *((1, s, c, "full") for s in (256, 1024, 4096) for c in (1, 64, 1024)),
+        *((300, 256, c, "skewed") for c in (1, 16)),
+    )
+]
 
 
 def _named(sizes: dict[str, Any], lengths: str, rab: bool) -> dict[str, Any]:
@@ -52,6 +61,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "toy": [
         {"name": "toy-full-norab", "B": 2, "H": 1, "A": 8, "S": 16, "lengths": "full", "rab": False},
         {"name": "toy-skewed-rab", "B": 3, "H": 2, "A": 8, "S": 24, "lengths": "skewed", "rab": True},
+        {"name": "toy-cached", "B": 3, "H": 2, "A": 8, "S": 24, "C": 5, "lengths": "skewed", "rab": True},
     ],
     "quick": [
         *(_named(s, "full", rab) for s in _QUICK for rab in (False, True)),
@@ -62,7 +72,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         for s in (*_CUTLASS, *_SHORT, *_PUBLIC)
         for lengths in ("full", "skewed")
         for rab in (False, True)
-    ],
+    ]
+    + _CACHED,
 }
 VERSUS = [
     f"{name}-full-{rab}"
@@ -70,8 +81,9 @@ VERSUS = [
     for rab in ("norab", "rab")
 ]
 """Points of ``quick`` at which the GPU report times the competitors: compiling flex_attention takes its time."""
-DEFAULTS: dict[str, Any] = {"B": 32, "H": 4, "A": 128, "V": None, "S": 1024, "lengths": "full", "rab": True}
-"""V null: as A. rab: position and time bias, both with gradients."""
+DEFAULTS: dict[str, Any] = {"B": 32, "H": 4, "A": 128, "V": None, "S": 1024, "C": 0, "lengths": "full", "rab": True}
+"""V null: as A. C: candidates of each user over a cached history of S; 0: whole sequences. rab: position and time
+bias, both with gradients."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,8 @@ class Inputs:
 
 def make(sizes: Sizes, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Problem:
     """Random inputs of one point; see ``benchmarks.ops``."""
+    if sizes["C"]:
+        return _make_cached(sizes, device, dtype, generator)
     heads, qk_dim, v_dim, longest = sizes["H"], sizes["A"], sizes["V"] or sizes["A"], sizes["S"]
     lengths = make_lengths(sizes["B"], longest, sizes["lengths"], generator)
     offsets = make_offsets(lengths)
@@ -138,6 +152,46 @@ def make(sizes: Sizes, device: torch.device, dtype: torch.dtype, generator: torc
             "cutlass": lambda: _cutlass(inputs),
         },
         tokens=total,
+    )
+
+
+def _make_cached(sizes: Sizes, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Problem:
+    """Candidates that ask at one time per user, against keys and values in a cache."""
+    heads, qk_dim, v_dim, candidates = sizes["H"], sizes["A"], sizes["V"] or sizes["A"], sizes["C"]
+    history = make_lengths(sizes["B"], sizes["S"], sizes["lengths"], generator)
+    lengths = history + candidates
+    ends, longest = lengths.cumsum(0), sizes["S"] + candidates
+    rows, total = sizes["B"] * candidates, int(lengths.sum())
+    q = leaf((rows, heads, qk_dim), device, dtype, generator)
+    k, v = (leaf((total, heads, width), device, dtype, generator) for width in (qk_dim, v_dim))
+    position = time = None
+    times: tuple[Any, ...] = (None, None, None)
+    if sizes["rab"]:
+        position = leaf((1, 2 * longest - 1), device, torch.float32, generator)
+        time = leaf((1, TimeBuckets().count), device, torch.float32, generator)
+        happened_at = torch.randint(0, GAP_S, (total,), device=device, generator=generator).cumsum(0)
+        asked_at = (happened_at[ends - 1] + 60).repeat_interleave(candidates)
+        times = asked_at, happened_at, TimeBuckets()
+    plan = make_plan(
+        torch.arange(sizes["B"] + 1, device=device) * candidates, longest, *times,
+        num_targets=torch.full_like(lengths, candidates), key_starts=ends - lengths, key_lengths=lengths,
+        max_query_len=candidates,
+    )  # fmt: skip
+    leaves = [x for x in (q, k, v, position, time) if x is not None]
+    flops = 2.0 * candidates * int((history + 1).sum()) * heads * (qk_dim + v_dim)
+    read = nbytes(*leaves) + (nbytes(*times[:2]) if sizes["rab"] else 0)
+    written = q.element_size() * rows * heads * v_dim
+
+    def run(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Run:
+        q, k, v, position, time = [*tensors, None, None][:5]
+        return Run(lambda: function(q, k, v, plan, position, time, divisor=float(longest)), tensors)
+
+    return Problem(
+        run(attention, leaves),
+        forward=Work(flops, read + written),
+        backward=Work(BACKWARD_FLOPS * flops, 2 * read + written),
+        competitors={"reference": lambda: run(attention_reference, _copies(*leaves))},
+        tokens=rows,
     )
 
 

@@ -86,6 +86,14 @@ def test_attention_work_counts_the_causal_pairs_of_every_user():
     assert wide.forward.flops == 3 * 2 * 20 * 20 * (8 + 24)
 
 
+@pytest.mark.parametrize("rab", [False, True], ids=["no bias", "bias"])
+def test_cached_point_computes_what_the_reference_computes(rab):
+    problem, _ = attention_problem(rab=rab, C=4, lengths="full")
+    torch.testing.assert_close(problem.ours.forward(), problem.competitors["reference"]().forward())
+    # 3 users' 4 candidates each see 20 events and themselves; 2 heads, two products of width 8.
+    assert problem.forward.flops == 3 * 4 * 21 * 2 * 2 * (8 + 8)
+
+
 @pytest.mark.parametrize("name", ["flex", "reference-triton", "cutlass"])
 def test_a_competitor_that_cannot_run_says_why(name):
     problem, _ = attention_problem()
