@@ -58,25 +58,25 @@ def select_positions(lengths: np.ndarray, kept: np.ndarray, selection: str, rng:
             replacement by the weights of :func:`recency_weights`).
         timestamps: [L] int64, s. Needed for ``recency`` only.
     """
-    if np.array_equal(lengths, kept):
-        return np.arange(int(lengths.sum()))
-    ends = np.cumsum(lengths)
-    rows = np.arange(int(ends[-1]))
     if selection == "recent":
-        ranks = np.repeat(ends - 1, lengths) - rows
-        return np.flatnonzero(ranks < np.repeat(kept, lengths))
-    segment = np.repeat(np.arange(len(lengths)), lengths)
-    keys = rng.standard_exponential(len(rows))
+        ends = np.cumsum(lengths)
+        places = np.arange(int(lengths.sum()))
+        return places[places >= np.repeat(ends - kept, lengths)]
+    is_cut = kept < lengths
+    keep = np.repeat(~is_cut, lengths)
+    places = np.flatnonzero(~keep)
+    cut, left = lengths[is_cut], kept[is_cut]
+    keys = rng.standard_exponential(len(places))
     if selection == "recency":
         assert timestamps is not None
         # The k smallest of Exp(1) / w are k drawn without replacement by weight (Efraimidis and Spirakis 2006);
         # a weight of 0 comes last.
         with np.errstate(divide="ignore"):
-            keys /= recency_weights(timestamps, lengths)
-    order = np.lexsort((keys, segment))
-    ranks = np.empty_like(rows)
-    ranks[order] = rows - np.repeat(ends - lengths, lengths)
-    return np.flatnonzero(ranks < np.repeat(kept, lengths))
+            keys /= recency_weights(timestamps[places], cut)
+    order = np.lexsort((keys, np.repeat(np.arange(len(cut)), cut)))
+    ranks = np.arange(len(places)) - np.repeat(np.cumsum(cut) - cut, cut)
+    keep[places[order[ranks < np.repeat(left, cut)]]] = True
+    return np.flatnonzero(keep)
 
 
 def recency_weights(timestamps: np.ndarray, lengths: np.ndarray) -> np.ndarray:
