@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hstu.errors import check, one_of
+from hstu.errors import UserError, check, one_of
 
 TASK_KINDS = ("binary", "multiclass", "ordinal", "regression")
 ACTION_KINDS = ("binary", "levels", "thresholds")
@@ -42,6 +42,12 @@ class TaskConfig:
         check(self.weight >= 0, "ranking.tasks.*.weight", self.weight, ">= 0")
         if self.kind in ("multiclass", "ordinal"):
             _ascending("ranking.tasks.*.levels", self.levels, 2)
+        else:
+            check(not self.levels, "ranking.tasks.*.levels", self.levels, f"none with kind={self.kind}")
+        binary, regression = self.kind == "binary", self.kind == "regression"
+        check(binary or self.threshold is None, "ranking.tasks.*.threshold", self.threshold, "null but for kind=binary")
+        check(regression or self.transform == "none", "ranking.tasks.*.transform", self.transform,
+              "none but for kind=regression")  # fmt: skip
 
 
 @dataclass
@@ -58,10 +64,12 @@ class ActionConfig:
 
     def __post_init__(self) -> None:
         one_of("ranking.actions.*.kind", self.kind, ACTION_KINDS)
-        if self.kind == "levels":
-            _ascending("ranking.actions.*.levels", self.levels, 1)
-        if self.kind == "thresholds":
-            _ascending("ranking.actions.*.thresholds", self.thresholds, 1)
+        for name in ("levels", "thresholds"):
+            values = getattr(self, name)
+            if self.kind == name:
+                _ascending(f"ranking.actions.*.{name}", values, 1)
+            else:
+                check(not values, f"ranking.actions.*.{name}", values, f"none with kind={self.kind}")
 
 
 @dataclass
@@ -147,6 +155,14 @@ class RankingConfig:
         one_of("ranking.form", self.form, ("interleaved", "fused"))
         one_of("ranking.mode", self.mode, ("epochs", "progressive"))
         check(len(self.tasks) > 0, "ranking.tasks", self.tasks, "at least one task")
+        for name in self.tasks:
+            check(name.isidentifier(), "ranking.tasks", name, "names of letters, digits and _")
+        after = {task.column for task in self.tasks.values()} | set(self.actions)
+        for name in self.event_features:
+            if name in after:
+                raise UserError(f"ranking.event_features.{name}: that column is what is predicted or done, and only "
+                                "known after the event; leave it out")  # fmt: skip
+        check(-24 < self.utc_offset_hours < 24, "ranking.utc_offset_hours", self.utc_offset_hours, "in (-24, 24)")
         check(any(t.weight > 0 for t in self.tasks.values()), "ranking.tasks.*.weight", 0, "> 0 for one task at least")
         check(self.targets >= 1, "ranking.targets", self.targets, ">= 1")
         check(self.stride is None or self.stride >= 1, "ranking.stride", self.stride, ">= 1 or null")

@@ -5,7 +5,10 @@ Legend: n rows, V values of a feature, D model width, F features.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from hstu.data.ranking_batches import Features
 from hstu.embedding import INIT_STD
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def has_torchrec() -> bool:
@@ -22,10 +27,28 @@ def has_torchrec() -> bool:
     if importlib.util.find_spec("torchrec") is None or importlib.util.find_spec("fbgemm_gpu") is None:
         return False
     try:
-        import torchrec  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
+        with _quiet_import():
+            import torchrec  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("torchrec cannot be imported (%s): plain embedding tables take its place; see hstu-doctor", line)
         return False
     return True
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Drops what torch.fx says when torchrec asks whether it is being traced; other messages pass."""
+    source = logging.getLogger("torch.fx._symbolic_trace")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("is_fx_tracing will return true")
+
+    source.addFilter(wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(wanted)
 
 
 class FeatureTables(nn.Module):
@@ -44,7 +67,11 @@ class FeatureTables(nn.Module):
         super().__init__()
         self.keys = tuple(sizes)
         self.uses_torchrec = bool(sizes) and (has_torchrec() if use_torchrec is None else use_torchrec)
-        self.collection: Any = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
+        names = [_table_name(key) for key in sizes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"features {list(sizes)} give the same table name; rename one")
+        with torch.random.fork_rng(devices=[]):  # what a collection draws must not move the initial weights after it
+            self.collection: Any = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
         with torch.no_grad():
             for parameter in self.parameters():
                 nn.init.normal_(parameter, std=INIT_STD)
@@ -78,7 +105,9 @@ class FeatureTables(nn.Module):
             return self.collection(features)  # type: ignore[no-any-return]
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-        found = self.collection(KeyedJaggedTensor(list(features.keys), features.values, lengths=features.lengths))
+        counts = list(features.counts)  # given, so that no kernel has to be waited for
+        keyed = KeyedJaggedTensor(list(features.keys), features.values, lengths=features.lengths, length_per_key=counts)
+        found = self.collection(keyed)
         return [found[key].values() for key in self.keys]
 
 
@@ -104,5 +133,6 @@ class _PlainCollection(nn.Module):
 
 
 def _table_name(key: str) -> str:
-    """A module name: no dots."""
-    return key.replace(".", "_")
+    """A module name: no dots, none that torch takes for itself."""
+    name = key.replace(".", "_")
+    return f"{name}_" if hasattr(nn.ModuleDict(), name) else name

@@ -21,6 +21,8 @@ MISSING, RARE = 0, 1
 DAY_S, HOUR_S = 86_400, 3_600
 EPOCH_WEEKDAY = 3
 """1970-01-01 was a Thursday; Monday is 0."""
+LEAST_SPREAD = 1e-6
+"""Numbers whose deviation is below this share of their mean count as constant: about the rounding of float32."""
 DERIVED = ("hour_of_day", "day_of_week")
 """Event features that follow from the time."""
 
@@ -57,27 +59,39 @@ Feature = Coded | Numbers
 
 
 def user_feature(store: SequenceStore, name: str, config: FeatureConfig) -> Feature:
-    """Attribute ``name`` of every user."""
+    """Attribute ``name`` of every user. Codes, buckets and scales are those of all users, whatever they did."""
     return _encode(_attribute(store, "user", name), f"ranking.user_features.{name}", config)
 
 
 def item_feature(store: SequenceStore, name: str, config: FeatureConfig) -> Feature:
     """Attribute ``name`` by item id 0..num_items; id 0, the padding, has it missing."""
-    values = _attribute(store, "item", name)
-    nothing = np.array([np.nan if values.dtype.kind == "f" else ""]).astype(values.dtype)
-    return _encode(np.concatenate([nothing, values]), f"ranking.item_features.{name}", config)
+    feature = _encode(_attribute(store, "item", name), f"ranking.item_features.{name}", config)
+    if isinstance(feature, Numbers):
+        return Numbers(np.concatenate([[np.float32(np.nan)], feature.values]))
+    values = np.concatenate([np.array([MISSING], feature.values.dtype), feature.values])
+    offsets = None if feature.offsets is None else np.concatenate([[0], feature.offsets + 1])
+    return Coded(values, feature.num_codes, offsets)
 
 
 def event_feature(store: SequenceStore, name: str, config: FeatureConfig) -> Feature:
-    """Column ``name`` of every event. Coded columns of the store keep their codes."""
-    column = store.columns.get(name)
+    """Column ``name`` of every event. Coded columns of the store keep their codes where none is rare.
+
+    The store holds one number a row and event, so ``separator`` is refused.
+    """
+    where, column = f"ranking.event_features.{name}", store.columns.get(name)
     if column is None:
         found = ", ".join([*sorted(store.columns), *DERIVED])
-        raise UserError(f"ranking.event_features.{name}: {store.path} has no such column; it has {found}")
+        raise UserError(f"{where}: {store.path} has no such column; it has {found}")
+    if config.separator is not None:
+        raise UserError(f"{where}.separator={config.separator!r}: an event has one value; leave it out")
     known = store.feature_values(name)
-    if known is not None and config.kind == "categorical":
-        return Coded(column, len(known) + 1)
-    return _encode(np.asarray(column), f"ranking.event_features.{name}", config)
+    if known is None:
+        return _encode(np.asarray(column), where, config)
+    if config.kind == "categorical":
+        return _merge_rare(column, len(known) + 1, config.min_count)
+    _check_numbers(known, where, config)
+    values = np.concatenate([[np.nan], known.astype(np.float64)])
+    return _encode(values[column], where, config)
 
 
 def time_feature(timestamps: np.ndarray, name: str, utc_offset_hours: float) -> tuple[np.ndarray, int]:
@@ -105,18 +119,30 @@ def _attribute(store: SequenceStore, owner: str, name: str) -> np.ndarray:
 def _encode(raw: np.ndarray, name: str, config: FeatureConfig) -> Feature:
     if config.kind == "categorical":
         return _codes(raw, config)
-    if raw.dtype.kind not in "fiub":
-        raise UserError(f"{name}.kind={config.kind}: the column holds text; expected numbers, or kind=categorical")
+    _check_numbers(raw, name, config)
     numbers = raw.astype(np.float64)
+    numbers[~np.isfinite(numbers)] = np.nan
     if config.kind == "buckets":
         return _buckets(numbers, config.num_buckets)
     if config.transform == "log1p":
         if np.nanmin(numbers, initial=0) <= -1:
             raise UserError(f"{name}.transform=log1p: the column holds {np.nanmin(numbers)}; expected values > -1")
         numbers = np.log1p(numbers)
-    finite = numbers[np.isfinite(numbers)]
-    mean, std = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 1.0)
-    return Numbers(((numbers - mean) / (std or 1.0)).astype(np.float32))
+    known = numbers[~np.isnan(numbers)]
+    mean, std = mean_and_scale(known) if len(known) else (0.0, 1.0)
+    return Numbers(((numbers - mean) / std).astype(np.float32))
+
+
+def mean_and_scale(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of ``values`` [n] float64, n > 0; the deviation is 1 where they are all the same
+    but for rounding."""
+    mean, std = float(values.mean()), float(values.std())
+    return mean, std if std > LEAST_SPREAD * abs(mean) else 1.0
+
+
+def _check_numbers(raw: np.ndarray, name: str, config: FeatureConfig) -> None:
+    if raw.dtype.kind not in "fiub":
+        raise UserError(f"{name}.kind={config.kind}: the column holds text; expected numbers, or kind=categorical")
 
 
 def _codes(raw: np.ndarray, config: FeatureConfig) -> Coded:
@@ -132,12 +158,22 @@ def _codes(raw: np.ndarray, config: FeatureConfig) -> Coded:
         cells, inverse = np.unique(np.array([p for part in parts for p in part]), return_inverse=True)
         cell = inverse.reshape(-1)[at]
     absent = np.isnan(cells) if cells.dtype.kind == "f" else cells == "" if cells.dtype.kind == "U" else cells != cells
-    counts = np.bincount(cell, minlength=len(cells))
-    kept = ~absent & (counts >= config.min_count)
-    first = MISSING + 1 if config.min_count == 1 else RARE + 1
-    code = np.where(absent, MISSING, RARE)
-    code[kept] = first + np.arange(kept.sum())
-    return Coded(code[cell].astype(np.int32), first + int(kept.sum()), offsets)
+    code = np.where(absent, MISSING, np.cumsum(~absent))
+    found = _merge_rare(code[cell].astype(np.int32), 1 + int((~absent).sum()), config.min_count)
+    return Coded(found.values, found.num_codes, offsets)
+
+
+def _merge_rare(values: np.ndarray, num_codes: int, min_count: int) -> Coded:
+    """Codes 0 (missing) .. num_codes - 1 renumbered so that those that occur less than ``min_count`` times share
+    ``RARE``; 1: as they are."""
+    if min_count == 1:
+        return Coded(values, num_codes)
+    kept = np.bincount(values, minlength=num_codes) >= min_count
+    kept[MISSING] = False
+    code = np.full(num_codes, RARE)
+    code[MISSING] = MISSING
+    code[kept] = RARE + 1 + np.arange(kept.sum())
+    return Coded(code[values].astype(np.int32), RARE + 1 + int(kept.sum()))
 
 
 def _buckets(numbers: np.ndarray, num_buckets: int) -> Coded:

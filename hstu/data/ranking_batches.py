@@ -226,9 +226,10 @@ class RankingBatches:
             return self._epoch
 
     def _cuttable(self, sequences: Sequences) -> np.ndarray:
-        """[S] int64. How many events of each sequence stochastic length chooses from; they come first."""
+        """[S] int64. How many events of each sequence stochastic length chooses from; they come first. The last event
+        always stays, so that every sequence predicts something."""
         assert self.config.ranking is not None
-        return (sequences.split if self.config.ranking.form == "fused" else sequences.stop) - sequences.first
+        return (sequences.split if self.config.ranking.form == "fused" else sequences.stop - 1) - sequences.first
 
     def num_steps(self, epoch: int) -> int:
         """Batches in the epoch; it can differ between epochs."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config_ranking import HeadConfig, TaskConfig
+from hstu.errors import UserError
 from hstu.seeding import derive
 from kernels._dropout import seeded_dropout
 
@@ -36,6 +37,8 @@ class RankingHeads(nn.Module):
         priors: task -> what the training labels are like: rate [1] (binary), share of each level [C] (multiclass,
             ordinal), or mean and standard deviation [2] of the transformed label (regression). They set the initial
             biases, and for regression the scale, which is kept in the state.
+
+    Raises UserError for a task name that torch cannot take.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class RankingHeads(nn.Module):
         self.shared = nn.ModuleList(_mlp(dim, config.hidden) for _ in range(shared or (0 if own else 1)))
         self.own, self.gates, self.outputs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for name, task in tasks.items():
+            if hasattr(self.outputs, name):
+                raise UserError(f"ranking.tasks.{name}: torch takes that name for itself; choose another")
             if shared or own:
                 self.own[name] = nn.ModuleList(_mlp(dim, config.hidden) for _ in range(own))
                 self.gates[name] = nn.Linear(dim, shared + own)
@@ -134,11 +139,11 @@ class RankingHeads(nn.Module):
         steps = self.get_parameter(f"cuts_{name}").float()
         cuts = torch.cat([steps[:1], steps[:1] + nn.functional.softplus(steps[1:]).cumsum(0)])  # [C-1]
         z = output - cuts  # logit of P(level > k)
-        least = torch.finfo(torch.float32).tiny
-        upper, lower = torch.sigmoid(z[:, :-1]), torch.sigmoid(z[:, 1:])
-        middle = (upper - lower).clamp(min=least).log()
-        first, last = nn.functional.logsigmoid(-z[:, :1]), nn.functional.logsigmoid(z[:, -1:])
-        return torch.cat([first, middle, last], dim=1)
+        above, below = nn.functional.logsigmoid(z), nn.functional.logsigmoid(-z)
+        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b-a)): no cancellation where both are near 0 or 1
+        gaps = cuts.diff().clamp(min=torch.finfo(torch.float32).tiny)
+        middle = above[:, :-1] + below[:, 1:] + torch.log(-torch.expm1(-gaps))
+        return torch.cat([below[:, :1], middle, above[:, -1:]], dim=1)
 
     def _standardise(self, name: str, label: Tensor) -> Tensor:
         mean, std = self.get_buffer(f"scale_{name}")
