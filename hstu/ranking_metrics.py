@@ -15,6 +15,10 @@ A NaN label is missing: its row is counted as missing and otherwise left out.
     gauc = mean of the users' own AUC over users with both labels; gauc_weighted weighs them by their rows
     calibration = mean prediction / mean label
 
+Read gauc with care where a system sees what its user did in earlier test events: of a user with one positive and one
+negative row, the user's past rate is right in neither order (a positive first raises it for the negative after it),
+so the better it follows the user's rate, the lower its gauc. A system whose user part stands still is not hit by that.
+
 Source of ne: He et al., Practical Lessons from Predicting Clicks on Ads at Facebook (ADKDD 2014), section 3.
 
 Legend: ``M`` predictions, ``U`` users, ``C`` levels, ``S`` sums.
