@@ -28,15 +28,15 @@ SPARE_ROWS = 64
 """Rows that a cache has beyond its tokens when it is made or grows; more are added by doubling."""
 
 
-def model_version(model: nn.Module) -> str:
-    """16 hex digits that change when the weights do."""
-    digest = hashlib.sha256()
+def model_version(model: nn.Module, settings: Any) -> str:
+    """16 hex digits that change when the weights do, or ``settings``, whose ``repr`` tells how they are used."""
+    digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // FINGERPRINT_VALUES)
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[::step].cpu().to(torch.float64).numpy().tobytes())
-        digest.update(str(float(flat.double().sum())).encode())
+        digest.update(str(float(flat.sum(dtype=torch.float64))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -58,17 +58,28 @@ class TokenCache:
     """What the owner needs to encode the tokens again."""
 
     @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return int(self.times.shape[0])
+
+    @property
     def num_bytes(self) -> int:
         """Memory of all tensors."""
         return sum(t.numel() * t.element_size() for t in (self.times, *self.keys, *self.values))
 
     def reserve(self, rows: int) -> None:
         """Makes room for so many tokens in all."""
-        capacity = self.times.shape[0]
-        if rows > capacity:
-            size = max(rows + SPARE_ROWS, 2 * capacity)
+        if rows > self.capacity:
+            size = max(rows + SPARE_ROWS, 2 * self.capacity)
             self.times, *rest = (_grown(t, size, self.length) for t in (self.times, *self.keys, *self.values))
             self.keys, self.values = rest[: len(self.keys)], rest[len(self.keys) :]
+
+    def copy_from(self, other: TokenCache) -> None:
+        """Takes over the other's tokens; there must be room for them."""
+        pairs = zip((self.times, *self.keys, *self.values), (other.times, *other.keys, *other.values), strict=True)
+        for mine, theirs in pairs:
+            mine[: other.length] = theirs[: other.length]
+        self.version, self.length, self.history = other.version, other.length, other.history
 
 
 def _grown(x: Tensor, rows: int, used: int) -> Tensor:
@@ -77,19 +88,35 @@ def _grown(x: Tensor, rows: int, used: int) -> Tensor:
     return larger
 
 
+def why_not_cached(encoder: nn.Module) -> str | None:
+    """Why keys and values of the encoder's tokens cannot be kept; None where they can."""
+    if not isinstance(encoder, HSTUEncoder):
+        name = type(encoder).__name__.removesuffix("Encoder").lower()
+        return f"model.name={name}: only hstu models keep keys and values of a history"
+    if any(layer.divisor == "max_len" for layer in encoder.layers):
+        return "model.divisor=max_len: outputs depend on the batch, so they cannot be cached; " \
+               "train with padded or row_count"  # fmt: skip
+    return None
+
+
 class CachedEncoder:
-    """Runs an HSTU encoder on new tokens of one user against the cached ones.
+    """Runs an HSTU encoder on new tokens of one user against the cached ones. For one thread at a time.
+
+    Args:
+        encoder: its weights may not change from here on.
+        version: of the model, see :func:`model_version`.
+        contextual: prefix tokens that see all of the history.
 
     Raises UserError for an encoder that keeps no keys and values, or whose outputs depend on the batch.
     """
 
     def __init__(self, encoder: nn.Module, version: str, contextual: int = 0) -> None:
-        if not isinstance(encoder, HSTUEncoder):
-            raise UserError(f"{type(encoder).__name__}: only hstu models keep keys and values of a history")
-        if any(layer.divisor == "max_len" for layer in encoder.layers):
-            raise UserError("model.divisor=max_len: outputs depend on the batch, so they cannot be cached; "
-                            "train with padded or row_count")  # fmt: skip
+        reason = why_not_cached(encoder)
+        if reason is not None:
+            raise UserError(reason)
+        assert isinstance(encoder, HSTUEncoder)
         self.encoder, self.version, self.contextual = encoder, version, contextual
+        self._workspace: TokenCache | None = None
 
     @property
     def appends(self) -> bool:
@@ -135,13 +162,30 @@ class CachedEncoder:
              targets: bool = False) -> Tensor:  # fmt: skip
         """As :meth:`append`, but the cache stays as it was. targets: the tokens see the history and themselves only."""
         requests = times if request_times is None else request_times
-        return self._run(cache, tokens, times, requests, tokens.shape[0] if targets else None)
+        room = self.with_room(cache, tokens.shape[0])
+        return self._run(room, tokens, times, requests, tokens.shape[0] if targets else None)
+
+    @torch.inference_mode()
+    def with_room(self, cache: TokenCache, new: int) -> TokenCache:
+        """The cache itself where its spare rows hold ``new`` tokens, else its tokens in a workspace that is overwritten
+        by the next call: candidates do not make the caches that are kept larger."""
+        if cache.length + new <= cache.capacity:
+            return cache
+        if self._workspace is None:
+            self._workspace = self.empty()
+        self._workspace.length = 0
+        self._workspace.reserve(cache.length + new)
+        self._workspace.copy_from(cache)
+        return self._workspace
 
     def _run(
         self, cache: TokenCache, tokens: Tensor, times: Tensor, requests: Tensor, num_targets: int | None
     ) -> Tensor:
         self.check(cache)
         new, first = tokens.shape[0], cache.length
+        places = first + (new if num_targets is None else 1)
+        if places > self.max_tokens:
+            raise ValueError(f"cache: {places} tokens, the model has positions for {self.max_tokens}")
         cache.reserve(first + new)
         cache.times[first : first + new] = times
         plan = self._plan(cache, new, times, requests, num_targets)
@@ -168,7 +212,7 @@ class CacheStore:
     """Caches by key, the least recently used ones dropped beyond a limit.
 
     Args:
-        max_mib: memory of all caches; a single one larger than that is not kept.
+        max_mib: memory of all caches; a single one larger than that is not kept, and drops no other.
     """
 
     def __init__(self, max_mib: float) -> None:
@@ -182,7 +226,7 @@ class CacheStore:
         return len(self._caches)
 
     def get(self, key: Hashable) -> TokenCache | None:
-        """The cache of ``key``, now the most recently used one, or None."""
+        """The cache of ``key``, now the most recently used one, or None. Counts in ``hits`` or ``misses``."""
         found = self._caches.get(key)
         if found is None:
             self.misses += 1
@@ -192,9 +236,12 @@ class CacheStore:
         return found[0]
 
     def put(self, key: Hashable, cache: TokenCache) -> None:
-        """Keeps ``cache`` under ``key``; say it again after it has grown."""
+        """Keeps ``cache`` under ``key``; say it again after it has grown. What is dropped counts in ``evictions``."""
         self.drop(key)
         size = cache.num_bytes
+        if size > self.max_bytes:
+            self.evictions += 1
+            return
         self._caches[key] = cache, size
         self.num_bytes += size
         while self.num_bytes > self.max_bytes:

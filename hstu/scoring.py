@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hstu.config import Config
+from hstu.data.features import MISSING, Coded
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import Features, make_features
 from hstu.errors import UserError
@@ -56,19 +57,32 @@ class History:
         return History(self.item_ids[part], self.timestamps[part], self.action_bits[part], values, self.user)
 
     def __add__(self, other: History) -> History:
-        names = self.event_values.keys() & other.event_values.keys()
+        """Both, one after the other, of this one's user."""
         pairs = ((self.item_ids, other.item_ids), (self.timestamps, other.timestamps),
                  (self.action_bits, other.action_bits))  # fmt: skip
         items, times, bits = (np.concatenate(pair) for pair in pairs)
-        values = {name: np.concatenate([self.event_values[name], other.event_values[name]]) for name in names}
+        values = {
+            name: np.concatenate([_or_missing(self, name, other), _or_missing(other, name, self)])
+            for name in self.event_values | other.event_values
+        }
         return History(items, times, bits, values, self.user)
+
+
+def _or_missing(history: History, name: str, other: History) -> np.ndarray:
+    """Values of an event feature, or so many missing ones of the kind that the other history has."""
+    if name in history.event_values:
+        return history.event_values[name]
+    is_code = other.event_values[name].dtype.kind in "iu"
+    return np.full(len(history), MISSING if is_code else np.nan, np.int64 if is_code else np.float32)
 
 
 class Scorer:
     """Predictions of every task for candidates, given a history.
 
     The history is encoded once; candidates are scored in micro-batches against its keys and values, each seeing the
-    history and itself. Cached and plain scores agree to the noise of the dtype.
+    history and itself. Cached and plain scores agree to the noise of the dtype. With ``model.full_rows`` the candidate
+    counts as a target, which sees everything; in training a predicted item of the interleaved form does so only among
+    the last rows of its sequence.
 
     Args:
         config: of the run.
@@ -88,9 +102,11 @@ class Scorer:
             raise ValueError(f"micro_batch={micro_batch}: expected >= 1")
         self.config, self.data, self.device, self.micro_batch = config, data, torch.device(device), micro_batch
         self.model = model.to(self.device).eval()
-        self.version = model_version(self.model)
+        self.version = model_version(self.model, (model.config, model.ranking))
         contextual = model.num_prefix if model.fused else 0
         self.encoder = CachedEncoder(model.encoder, self.version, contextual)
+        self.max_events = config.model.max_len - (0 if model.fused else 1)
+        """Most events of a history; interleaved: the candidate is one of the ``model.max_len``, as in training."""
 
     @classmethod
     def load(cls, run: str | Path, which: str = "best", device: str = "auto", micro_batch: int = 1024) -> Scorer:
@@ -119,8 +135,8 @@ class Scorer:
         )  # fmt: skip
 
     def encode(self, history: History) -> TokenCache:
-        """Keys and values of the history, of its last ``model.max_len`` events where it is longer."""
-        kept = self._checked(history)[-self.config.model.max_len :]
+        """Keys and values of the history, of its last :attr:`max_events` where it is longer."""
+        kept = _last(self._checked(history), self.max_events)
         cache = self.encoder.empty()
         cache.history = kept
         if len(kept):  # without any, the prefix has no time yet
@@ -132,8 +148,9 @@ class Scorer:
         """The cache after further ``events``: what :meth:`encode` would give for all of them.
 
         Only the new events are encoded where the model allows it; a fused model whose prefix sees the history, a
-        semi-local mask and a history that outgrows ``model.max_len`` (its oldest quarter is then dropped) take a new
-        pass. The cache given may not be used afterwards.
+        semi-local mask and a history that outgrows :attr:`max_events` take a new pass. The latter is then cut to its
+        last three quarters, not to all that fit, so that the next events are added and not encoded with everything
+        before them. The cache given may not be used afterwards.
 
         Raises ValueError for a cache of another model version or events before its last one.
         """
@@ -141,9 +158,11 @@ class Scorer:
         known: History = cache.history
         if len(known) and len(events) and events.timestamps[0] < known.timestamps[-1]:
             raise ValueError(f"events begin at {events.timestamps[0]}, before the last one, {known.timestamps[-1]}")
-        joined, limit = self._checked(known + events), self.config.model.max_len
+        joined, limit = self._checked(known + events), self.max_events
         if len(joined) > limit:
-            return self.encode(joined[-(limit - limit // SLACK) :])
+            return self.encode(_last(joined, limit - limit // SLACK))
+        if len(events) == 0:
+            return cache
         if len(known) == 0 or not self.encoder.appends:
             return self.encode(joined)
         with torch.inference_mode():
@@ -152,16 +171,27 @@ class Scorer:
         return cache
 
     def _checked(self, history: History) -> History:
-        num_items = self.data.store.num_items
-        bad = (history.item_ids < 1) | (history.item_ids > num_items)
-        if bad.any():
-            raise ValueError(f"history holds item {history.item_ids[bad][0]}: expected 1..{num_items}")
+        _check_items("history", history.item_ids, self.data.store.num_items)
+        if history.timestamps.shape != (len(history),):
+            raise ValueError(f"timestamps: expected [{len(history)}], got {list(history.timestamps.shape)}")
         if np.any(np.diff(history.timestamps) < 0):
             raise ValueError("history: expected times that do not descend (oldest event first)")
         bits = self.data.num_action_bits
         if history.action_bits.shape != (len(history), bits):
             raise ValueError(f"action_bits: expected [{len(history)}, {bits}], got {list(history.action_bits.shape)}")
+        self._check_event_values(history.event_values, len(history))
         return history
+
+    def _check_event_values(self, values: dict[str, np.ndarray], size: int) -> None:
+        features = self.data.event_features
+        for name, column in values.items():
+            if name not in features or len(column) != size:
+                expected = ", ".join(features) or "none"
+                raise ValueError(f"event_values {name} [{len(column)}]: expected [{size}] of {expected}")
+            feature = features[name]
+            if isinstance(feature, Coded) and size and not 0 <= column.min() <= column.max() < feature.num_codes:
+                raise ValueError(f"event_values {name}: expected codes 0..{feature.num_codes - 1}, "
+                                 f"got {column.min()}..{column.max()}")  # fmt: skip
 
     # Scores
 
@@ -186,6 +216,7 @@ class Scorer:
             cache = self._cold(cache, time)
         parts = []
         with torch.inference_mode():
+            cache = self.encoder.with_room(cache, min(len(items), self.micro_batch))
             for start in range(0, len(items), self.micro_batch):
                 m = slice(start, start + self.micro_batch)
                 tokens, item_tokens, times = self._candidates(items[m], time, {k: v[m] for k, v in values.items()})
@@ -198,7 +229,7 @@ class Scorer:
         event_values: dict[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """As :meth:`score`, without a cache: every micro-batch is one pass over the history and its candidates."""
-        kept = self._checked(history)[-self.config.model.max_len :]
+        kept = _last(self._checked(history), self.max_events)
         items, time, values = self._request(kept, candidates, request_time, event_values)
         parts = []
         with torch.inference_mode():
@@ -220,20 +251,13 @@ class Scorer:
     def _request(
         self, history: History, candidates: np.ndarray, request_time: int | None, values: dict[str, np.ndarray] | None
     ) -> tuple[np.ndarray, int, dict[str, np.ndarray]]:
-        items, num_items = np.asarray(candidates), self.data.store.num_items
-        if items.ndim != 1 or (items.size and items.dtype.kind not in "iu"):
-            raise ValueError(f"candidates: expected integers [c], got {items.dtype} {list(items.shape)}")
-        bad = (items < 1) | (items > num_items)
-        if bad.any():
-            raise ValueError(f"candidates holds item {items[bad][0]}: expected 1..{num_items}")
+        items = np.asarray(candidates)
+        _check_items("candidates", items, self.data.store.num_items)
         last = int(history.timestamps[-1]) if len(history) else 0
         time = last + REQUEST_GAP_S if request_time is None else int(request_time)
         if time < last:
             raise ValueError(f"request_time={time}: expected no earlier than the last event, {last}")
-        for name, column in (values or {}).items():
-            if name not in self.data.event_features or len(column) != len(items):
-                expected = ", ".join(self.data.event_features) or "none"
-                raise ValueError(f"event_values {name} [{len(column)}]: expected [{len(items)}] of {expected}")
+        self._check_event_values(values or {}, len(items))
         return items.astype(np.int64), time, values or {}
 
     def _cold(self, cache: TokenCache, time: int) -> TokenCache:
@@ -285,9 +309,24 @@ class Scorer:
 
     def _joined(self, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         if not parts:
-            widths = {n: len(t.levels) for n, t in self.model.ranking.tasks.items()}
-            return {n: np.empty((0, w) if w else 0, np.float32) for n, w in widths.items()}
+            tasks = self.model.ranking.tasks.items()
+            shapes = {n: (0, len(t.levels)) if t.kind in ("multiclass", "ordinal") else (0,) for n, t in tasks}
+            return {n: np.empty(shape, np.float32) for n, shape in shapes.items()}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_items(name: str, items: np.ndarray, num_items: int) -> None:
+    """Raises ValueError where ``items`` are no item ids [n]."""
+    if items.ndim != 1 or (items.size and items.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: expected integers [n], got {items.dtype} {list(items.shape)}")
+    bad = (items < 1) | (items > num_items)
+    if bad.any():
+        raise ValueError(f"{name} holds item {items[bad][0]}: expected 1..{num_items}")
+
+
+def _last(history: History, count: int) -> History:
+    """The last ``count`` events at most."""
+    return history[max(0, len(history) - count) :]
 
 
 def _on(features: Features, device: torch.device) -> Features:
