@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from hstu.data.stochastic_length import savings_text
+
 if TYPE_CHECKING:
     from hstu.config import Config
     from hstu.data.store import SequenceStore
@@ -66,10 +68,11 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", rate=f"{events_per_s:,.0f}")
 
-    def validation(self, epoch: int, loss: float, part: str, values: dict[str, float], improved: bool) -> None:
+    def validation(self, epoch: int, loss: float, part: str, values: dict[str, float], improved: bool,
+                   saved: dict[str, float]) -> None:  # fmt: skip
         numbers = "  ".join(f"{n} {value:.4f}" for n, value in values.items() if not math.isnan(value))
         star = "  best so far" if improved else ""
-        line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}"
+        line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}{savings_text(saved, '  ')}"
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def end_run(self) -> None:

@@ -274,7 +274,9 @@ class Trainer:
         events_per_s = step_input.num_events / seconds
         self.display.step(progress.loss_sum / progress.loss_events, events_per_s)
         if progress.global_step % run.log_every_steps == 0:
-            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s})
+            num_batches = min(progress.step * self.config.optim.accumulate_steps, self.data.num_steps(progress.epoch))
+            saved = self.data.savings(progress.epoch, num_batches)
+            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s, **saved})
         if self.stop_signal is not None:
             self._save()
             raise Interrupted(self.stop_signal, self.folder)
@@ -329,9 +331,10 @@ class Trainer:
             progress.evals_since_best += 1
         progress.eval_seconds += time.perf_counter() - started
         part = self.problem.part
-        self._log({"epoch_loss": epoch_loss, **values}, kind=part)
+        saved = self.data.savings(progress.epoch - 1)
+        self._log({"epoch_loss": epoch_loss, **values, **saved}, kind=part)
         shown = [n for n in dict.fromkeys([name, *self.problem.shown]) if n in values]
-        self.display.validation(progress.epoch, epoch_loss, part, {n: values[n] for n in shown}, improved)
+        self.display.validation(progress.epoch, epoch_loss, part, {n: values[n] for n in shown}, improved, saved)
         if improved:
             checkpoint.save_best(self.checkpoints, self._state())
 
