@@ -87,7 +87,7 @@ class DeltaWalk:
 
         at, j: places of queries and keys, from the end of the history.
         """
-        if not group.are_targets or self.mask.window:  # without a window targets see all of it
+        if self.mask.window or int(j[0, -1]) > int(at[0, 0]):  # else all keys are up to the first row's own
             history = torch.tensor(group.num_keys)
             if self.mask.contextual:  # the only part of the rule that asks how far the front is
                 history = self.layout.units[group.units, HISTORY][:, None, None]
