@@ -16,8 +16,13 @@ from hstu.history_cache import CacheStore
 from hstu.model.ranking import RankingModel
 from hstu.scoring import REQUEST_GAP_S, History, Scorer
 from tests.oracle import assert_close, assert_zero_fails
-from tests.ranking import FEATURES, NUM_ITEMS, TASKS, config_of, ranking_config, rich_store
+from tests.ranking import FEATURES, NUM_ITEMS, config_of, ranking_config, rich_store
 
+TASKS = {
+    "click": TaskConfig("click"),
+    "rating": TaskConfig("rating", kind="ordinal", levels=[1, 2, 3]),
+    "watch": TaskConfig("watch_s", kind="regression"),
+}
 FORMS = ("interleaved", "fused")
 NO_PREFIX = {**FEATURES, "user_features": {}}
 LATE = 10**9 + 10**6
