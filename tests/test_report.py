@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hstu import report
+from hstu import readme, report
 from hstu.errors import UserError
 
 FIELDS = {
@@ -223,7 +223,7 @@ def test_readme_is_filled_and_checked(tmp_path, capsys):
 def test_no_table_mixes_protocols_or_data_sets():
     records = [("a.json", make_record()), ("b.json", make_record(protocol="stable")),
                ("c.json", make_record(dataset="other"))]  # fmt: skip
-    text = report.readme_block("accuracy", records)
+    text = readme.readme_block("accuracy", records)
     assert re.findall(r"\*\*(\w+)\*\*, protocol `(\w+)`", text) == [
         ("small", "reference"), ("small", "stable"), ("other", "reference"),
     ]  # fmt: skip
@@ -233,7 +233,7 @@ def test_published_row_stands_below_ours_once():
     published = {"source": "a paper", "protocol": "reference", "metrics": {"hr@10": 0.3097}}
     metrics = report.aggregate([{"hr@10": 0.31, "hr@10 | users without estimated timestamps": 0.32}])
     records = [(f"{n}.json", make_record(n, metrics=metrics, published=published)) for n in "ab"]
-    lines = report.readme_block("accuracy", records).splitlines()[4:]
+    lines = readme.readme_block("accuracy", records).splitlines()[4:]
     assert [line.split("|")[1:5] for line in lines] == [
         [" small/hstu ", " validation ", " all users ", " 0.3100 "],
         [" small/hstu ", " validation ", " users without estimated timestamps ", " 0.3200 "],
@@ -246,23 +246,23 @@ def test_published_row_stands_below_ours_once():
 def test_a_baseline_is_named_in_the_table():
     config = {"experiment": "small/hstu", "model": {"name": "hstu"}}
     record = make_record("small-popular", model="most popular", config=config)
-    assert "| most popular (small/hstu) |" in report.readme_block("accuracy", [("x.json", record)])
+    assert "| most popular (small/hstu) |" in readme.readme_block("accuracy", [("x.json", record)])
 
 
 def test_timing_and_provenance_blocks():
     rows = [{"size": "B=32", "ms": 1.5}, {"size": "B=64", "ms": 12345.678}]
     scoring = make_record("attention", kind="scoring", metrics={}, timing={"rows": rows}, seeds=[])
     records = [("2026-01-31-small-hstu.json", make_record()), ("2026-01-31-attention.json", scoring)]
-    timing = report.readme_block("timing", records)
+    timing = readme.readme_block("timing", records)
     assert "| small-hstu | training | 0.5 |" in timing
     assert "| attention | scoring | B=64 | 12,346 |" in timing
-    provenance = report.readme_block("provenance", records)
+    provenance = readme.readme_block("provenance", records)
     assert "| [attention](benchmarks/results/2026-01-31-attention.json) | Some CPU, 2 cores, 16 GiB |" in provenance
     assert "| 3.11.1, 2.13.0 | 0123456789 | abc |" in provenance
     gpu = make_record(machine={**MACHINE, "gpu": "H200", "driver": "570.1"}, commit="a" * 40 + "-dirty")
-    text = report.readme_block("provenance", [("x.json", gpu)])
+    text = readme.readme_block("provenance", [("x.json", gpu)])
     assert "H200 (driver 570.1)" in text and "aaaaaaaaaa-dirty" in text
-    assert report.readme_block("accuracy", []) == "No records yet."
+    assert readme.readme_block("accuracy", []) == "No records yet."
 
 
 @pytest.mark.parametrize(
@@ -272,12 +272,12 @@ def test_timing_and_provenance_blocks():
 )
 def test_broken_readme_is_refused(text):
     with pytest.raises(UserError, match="README"):
-        report.fill_readme(text, [])
+        readme.fill_readme(text, [])
 
 
 def test_backslashes_and_pipes_survive():
     record = make_record(dataset=r"a\1 data set", config={"experiment": "a|b"})
-    text = report.fill_readme(README, [("x.json", record)])
+    text = readme.fill_readme(README, [("x.json", record)])
     assert r"**a\1 data set**" in text and r"a\|b" in text
 
 

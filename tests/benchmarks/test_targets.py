@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.targets import NOT_MEASURED, verdicts
-from hstu import report
+from hstu import readme, report
 
 MACHINE = {"cpu": "Some CPU", "cores": 2, "memory_gib": 15.6, "gpu": "Some GPU", "driver": "1"}
 SIZES = {"B": 32, "H": 4, "A": 128, "V": None, "S": 1024, "lengths": "full", "rab": False}
@@ -90,7 +90,7 @@ def test_rows_of_a_cpu_or_of_another_dtype_do_not_count():
 
 
 def table(*records):
-    return report.readme_block("kernels", [(f"{i}.json", report.Record(**r)) for i, r in enumerate(records)])
+    return readme.readme_block("kernels", [(f"{i}.json", report.Record(**r)) for i, r in enumerate(records)])
 
 
 def test_the_readme_says_not_measured_without_a_gpu():
@@ -113,7 +113,7 @@ def test_the_readme_shows_ours_beside_the_others_of_the_same_run():
 
 def test_kernel_records_stay_out_of_the_timing_table():
     kept = report.Record(**record("attention", [row("forward", 1.0)]))
-    assert report.readme_block("timing", [("x.json", kept)]) == "No records yet."
+    assert readme.readme_block("timing", [("x.json", kept)]) == "No records yet."
 
 
 def test_the_readme_shows_the_plots_beside_the_records_of_a_gpu(tmp_path):
@@ -122,5 +122,5 @@ def test_the_readme_shows_the_plots_beside_the_records_of_a_gpu(tmp_path):
     gpu = report.Record(**record("attention", [row("forward", 1.0)], name="gpu-attention"))
     toy = report.Record(**record("attention", [row("forward", 1.0)], config={"device": "cuda", "toy": True}))
     records = [("2026-01-31-gpu-attention.json", gpu), ("2026-01-31-toy-attention.json", toy)]
-    images = [line for line in report.readme_block("kernels", records, tmp_path).splitlines() if line.startswith("!")]
+    images = [line for line in readme.readme_block("kernels", records, tmp_path).splitlines() if line.startswith("!")]
     assert images == ["![gpu-attention-tflops](benchmarks/results/2026-01-31-gpu-attention-tflops.png)"]
