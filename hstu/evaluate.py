@@ -1,4 +1,4 @@
-"""Full-ranking evaluation with exact ranks, and the command ``hstu-evaluate``.
+"""Full-ranking evaluation with exact ranks, and the command ``hstu-evaluate`` (ranking: ``ranking_evaluate.py``).
 
     hstu-evaluate run=RUN [which=best|last] [split=test|validation] [eval.ks=[10]] [eval.filter_history=full]
 
@@ -283,14 +283,21 @@ def run_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def evaluate_run(options: dict[str, Any]) -> Evaluation:
-    """What ``hstu-evaluate`` does: loads, ranks, prints, writes ``evaluation.json`` into the run folder."""
+def evaluate_run(options: dict[str, Any]) -> Evaluation | dict[str, Any]:
+    """What ``hstu-evaluate`` does: loads, ranks, prints, writes ``evaluation.json`` into the run folder.
+
+    Returns the content of that file for a ranking run.
+    """
     from rich.console import Console
 
     from hstu.train import load_run
 
     run = Path(str(options["run"])).expanduser()
     config, store, model = load_run(run, which=options["which"])
+    if config.ranking is not None:
+        from hstu.ranking_evaluate import evaluate_ranking_run
+
+        return evaluate_ranking_run(run, config, store, model, options)
     trained_eval = config.eval
     config = override_eval(config, options["eval"])
     device = run_device(options["device"])

@@ -5,10 +5,8 @@ Legend: n rows, V values of a feature, D model width, F features.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -27,28 +25,18 @@ def has_torchrec() -> bool:
     if importlib.util.find_spec("torchrec") is None or importlib.util.find_spec("fbgemm_gpu") is None:
         return False
     try:
-        with _quiet_import():
-            import torchrec  # noqa: F401
+        import torchrec  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("torchrec cannot be imported (%s): plain embedding tables take its place; see hstu-doctor", line)
         return False
+    # torchrec's tensors ask torch.fx whether they are traced, and torch.fx then advises torchrec's authors.
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(_wanted)
     return True
 
 
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Drops what torch.fx says when torchrec asks whether it is being traced; other messages pass."""
-    source = logging.getLogger("torch.fx._symbolic_trace")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("is_fx_tracing will return true")
-
-    source.addFilter(wanted)
-    try:
-        yield
-    finally:
-        source.removeFilter(wanted)
+def _wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("is_fx_tracing will return true")
 
 
 class FeatureTables(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hstu import metrics, ranking_metrics
+from hstu.baselines import training_rows
 from hstu.config import Config
 from hstu.data.batches import EventColumns, TrainBatches
 from hstu.data.ranking import RankingData
@@ -23,7 +24,13 @@ from hstu.errors import UserError
 from hstu.evaluate import assess, evaluate, evaluation_json
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalModel
-from hstu.ranking_evaluate import ProgressivePredictions, assess_ranking, predict, summarize, train_rows
+from hstu.ranking_evaluate import (
+    ProgressivePredictions,
+    assess_ranking,
+    predict,
+    summarize,
+    undefined_metrics,
+)
 from hstu.seeding import derive, seed_everything
 
 if TYPE_CHECKING:
@@ -125,6 +132,8 @@ class Ranking(Problem):
         self.progressive = config.ranking.mode == "progressive"
         self.ranking_data = RankingData(store, config.ranking)
         if self.progressive:
+            if config.run.epochs != 1:
+                raise UserError(f"run.epochs={config.run.epochs}: expected 1 with ranking.mode=progressive, one pass")
             nothing = Targets(np.empty(0, np.int64), np.empty(0, np.int64))
             self.split = Split(np.asarray(store.offsets[1:]), None, nothing)
             self.data: Any = ProgressiveBatches(self.ranking_data, config)
@@ -132,6 +141,7 @@ class Ranking(Problem):
             self.split = make_event_split(store, config.run.selection)
             if len(self.targets) == 0:
                 raise UserError("no event is held out; take an earlier data.split_time or run.selection=reference")
+            self._check_select_metric()
             self.data = RankingBatches(self.ranking_data, self.split, config)
         self.model = build_model(config, store, self.ranking_data, self._priors()).to(device)
         kinds = ranking_metrics.METRICS
@@ -139,14 +149,31 @@ class Ranking(Problem):
         self.shown = [n for n in self.metric_names if n.rpartition("/")[2] in ("auc", "ne", "rmse")]
         self.predictions: ProgressivePredictions | None = None
         if self.progressive:
-            self.predictions = ProgressivePredictions(self.ranking_data, folder / "predictions.npy")
+            self.predictions = ProgressivePredictions(self.ranking_data, folder / "predictions.npy", self.data.rows(0))
+
+    @property
+    def part(self) -> str:
+        return "progressive" if self.progressive else super().part
+
+    def _check_select_metric(self) -> None:
+        metric = self.config.run.select_metric
+        reason = undefined_metrics(self.ranking_data, self.targets.rows).get(metric)
+        if reason is not None:
+            raise UserError(
+                f"run.select_metric={metric} is not defined on {self.part}: {reason}; choose another metric"
+            )
 
     def _priors(self) -> dict[str, list[float]]:
-        """Of the training labels; a progressive run, which has seen none yet, starts without."""
-        return {} if self.progressive else self.ranking_data.priors(train_rows(self.ranking_data, self.split))
+        """Of the training labels; progressive: of the first step's, whose predictions are not scored."""
+        if self.progressive:
+            return self.ranking_data.priors(self.data.rows(0), need_all=False)
+        return self.ranking_data.priors(training_rows(self.store, self.split.train_end)[0])
 
     def higher_is_better(self, metric: str) -> bool:
-        return ranking_metrics.higher_is_better(metric)
+        try:
+            return ranking_metrics.higher_is_better(metric)
+        except ValueError as error:
+            raise UserError(f"run.select_metric: {error}") from None
 
     def input(self, epoch: int, step: int) -> tuple[Any, Any]:
         batch = self.data.batch(epoch, step).to(self.device)
@@ -169,7 +196,7 @@ class Ranking(Problem):
             found, part = self.predictions.result(), "progressive"
         else:
             found, part = predict(self.model, self.ranking_data, self.config, self.split.test, self.device), "test"
-        assessed = assess_ranking(self.config, self.ranking_data, self.split, found, part, self.folder)
+        assessed = assess_ranking(self.config, self.ranking_data, self.split, found, part, "best", self.folder)
         return assessed, summarize(self.ranking_data, found), len(np.unique(found.users))
 
 

@@ -6,6 +6,7 @@ Legend: M predicted events, C levels of a task, E events of the store.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,24 @@ import torch
 from torch import Tensor
 
 from hstu import ranking_metrics, report
+from hstu.baselines import training_rows
 from hstu.config import Config
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import ranking_eval_batches
-from hstu.data.splits import Split, Targets
-from hstu.evaluate import ALL_USERS, dataset_label
+from hstu.data.splits import Split, Targets, make_event_split
+from hstu.errors import UserError
+from hstu.evaluate import ALL_USERS, dataset_label, override_eval, run_device, split_targets
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hstu.data.store import SequenceStore
     from hstu.model.ranking import RankingModel
+
+DATA_METRIC = "rate"
+"""A metric that describes the labels, the same for every system."""
+RETRIEVAL_OPTIONS = ("ks", "filter_history", "chunk_mib")
+"""Options of ``eval`` that mean nothing for ranking."""
 
 
 @dataclass
@@ -84,19 +95,43 @@ def summarize(data: RankingData, predictions: Predictions) -> dict[str, float]:
     return {f"{task}/{name}": value for task, e in found.items() for name, value in e["metrics"].items()}
 
 
-class ProgressivePredictions:
-    """Predictions of a progressive run by event row, in a file of the run folder."""
+def undefined_metrics(data: RankingData, rows: np.ndarray) -> dict[str, str]:
+    """Why, by ``TASK/METRIC``, a metric of the events ``rows`` is not defined whatever is predicted for them."""
+    found: dict[str, str] = {}
+    for name, task in data.config.tasks.items():
+        shape = (len(rows), len(task.levels)) if task.levels else (len(rows),)
+        constant = np.full(shape, 1.0 / len(task.levels) if task.levels else 0.5)
+        users = owners(data, rows)
+        reasons = ranking_metrics.evaluate(task.kind, data.label(name, rows), constant, users, levels(task))["reasons"]
+        found |= {f"{name}/{metric}": reason for metric, reason in reasons.items()}
+    return found
 
-    def __init__(self, data: RankingData, path: Path) -> None:
-        tasks = data.config.tasks.items()
-        self.data = data
-        self.widths = {name: len(levels(task) or [0]) for name, task in tasks}
+
+class ProgressivePredictions:
+    """Predictions of a progressive run by event row, [E, outputs of all tasks] float32 in a file of the run folder.
+
+    A run that is resumed overwrites what it predicts again, with the same numbers.
+
+    Args:
+        data: of the run.
+        path: of the file; NaN where nothing is predicted yet.
+        not_scored: event rows that :meth:`result` leaves out.
+
+    Raises UserError where the file belongs to other data.
+    """
+
+    def __init__(self, data: RankingData, path: Path, not_scored: np.ndarray) -> None:
+        self.data, self.not_scored = data, not_scored
+        self.widths = {name: len(levels(task) or [0]) for name, task in data.config.tasks.items()}
         shape = (data.store.num_events, sum(self.widths.values()))
-        if path.exists():
-            self.values = np.lib.format.open_memmap(path, mode="r+")
-        else:
-            self.values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            self.values[:] = np.nan
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial.npy")
+            np.save(partial, np.full(shape, np.nan, np.float32))  # written, not mapped: a full disk then raises
+            partial.replace(path)
+        self.values = np.load(path, mmap_mode="r+")
+        if self.values.shape != shape:
+            raise UserError(f"{path} has the shape {self.values.shape}, expected {shape}: take another run.dir")
 
     def put(self, rows: np.ndarray, predictions: Mapping[str, Tensor]) -> None:
         """Stores the predictions of the events ``rows``."""
@@ -104,8 +139,10 @@ class ProgressivePredictions:
         self.values[rows] = np.concatenate(parts, axis=1)
 
     def result(self) -> Predictions:
-        """Of the events predicted so far."""
-        rows = np.flatnonzero(~np.isnan(self.values[:, 0]))
+        """Of the events predicted so far, but those that are not scored."""
+        scored = ~np.isnan(self.values[:, 0])
+        scored[self.not_scored] = False
+        rows = np.flatnonzero(scored)
         found, at = {}, 0
         for name, width in self.widths.items():
             part = np.asarray(self.values[rows, at : at + width])
@@ -116,17 +153,19 @@ class ProgressivePredictions:
 
 
 def assess_ranking(
-    config: Config, data: RankingData, split: Split, predictions: Predictions, part: str, folder: Path | None = None
-) -> dict[str, Any]:
+    config: Config, data: RankingData, split: Split, predictions: Predictions, part: str, which: str,
+    folder: Path | None = None, suffix: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Content of ``evaluation.json``: metrics and intervals of the model and of the baselines, reliability.
 
-    folder: where the reliability plots go, one a binary task; None: nowhere.
+    part: ``test``, ``validation`` or ``progressive``; which: the checkpoint.
+    folder: where the plots ``reliability-<task><suffix>.png`` go, one a binary task; None: nowhere.
     """
     systems = {config.model.name: predictions}
     if config.eval.baselines and part != "progressive":
         from hstu.ranking_baselines import rank_baselines
 
-        trains = train_rows(data, split)
+        trains = training_rows(data.store, split.train_end)[0]
         for system, values in rank_baselines(data, trains, predictions.rows, seed=config.seed).items():
             systems[system] = Predictions(predictions.rows, predictions.users, values)
     rows = [_row(config, data, system, found) for system, found in systems.items()]
@@ -140,7 +179,7 @@ def assess_ranking(
                 from hstu.plots import plot_reliability
 
                 chosen = {s: c for s, c in by_system.items() if s == config.model.name or s == list(by_system)[-1]}
-                plot_reliability(folder / f"reliability-{name}.png", chosen, f"{data_label(data)}: {name}")
+                plot_reliability(folder / f"reliability-{name}{suffix}.png", chosen, f"{data_label(data)}: {name}")
     return {
         "dataset": data_label(data),
         "protocol": data.store.meta.get("protocol"),
@@ -151,6 +190,8 @@ def assess_ranking(
         "seed": config.seed,
         "selection": config.run.selection,
         "part": part,
+        "checkpoint": which,
+        "eval": dataclasses.asdict(config.eval),
         "machine": report.machine(),
         "versions": report.versions(),
         "commit": report.commit(),
@@ -162,14 +203,6 @@ def assess_ranking(
 def data_label(data: RankingData) -> str:
     """Name of the data set for titles."""
     return dataset_label(data.store)
-
-
-def train_rows(data: RankingData, split: Split) -> np.ndarray:
-    """int64: rows of all training events, ascending."""
-    change = np.zeros(data.store.num_events + 1, np.int64)
-    np.add.at(change, np.asarray(data.store.offsets[:-1]), 1)
-    np.add.at(change, split.train_end, -1)
-    return np.flatnonzero(np.cumsum(change[:-1]) > 0)
 
 
 def _row(config: Config, data: RankingData, system: str, predictions: Predictions) -> dict[str, Any]:
@@ -189,3 +222,96 @@ def _row(config: Config, data: RankingData, system: str, predictions: Prediction
         "system": system, "group": ALL_USERS, "count": len(np.unique(predictions.users)),
         "events": len(predictions.rows), "metrics": metrics, "intervals": intervals, "reasons": reasons,
     }  # fmt: skip
+
+
+# Tables
+
+
+def ranking_table(evaluation: dict[str, Any], columns: Mapping[str, Mapping[str, float | str | None]]) -> Table:
+    """Metrics of each system, grouped by task. columns: heading -> ``TASK/METRIC`` -> number or text; None or NaN
+    where it is not defined."""
+    from rich.table import Table
+
+    first = evaluation["rows"][0]
+    title = f"{evaluation['dataset']}, {evaluation['part']}: {first['events']:,} events of {first['count']:,} users"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for column in columns:
+        table.add_column(column, justify="right")
+    tasks: dict[str, list[str]] = {}
+    for name in first["metrics"]:
+        tasks.setdefault(name.partition("/")[0], []).append(name)
+    for task, names in tasks.items():
+        rate = first["metrics"].get(f"{task}/{DATA_METRIC}")
+        table.add_section()
+        table.add_row(f"[bold]{task}[/bold]" + ("" if rate is None else f", rate {rate:.4f}"))
+        for name in names:
+            metric = name.partition("/")[2]
+            if metric != DATA_METRIC:
+                table.add_row(f"  {metric}", *[_cell(values.get(name)) for values in columns.values()])
+    return table
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None or value != value:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4f}"
+
+
+def interval_column(row: Mapping[str, Any]) -> dict[str, str | None]:
+    """Text of each interval of a row of ``evaluation.json``."""
+    found = row["intervals"].items()
+    return {name: None if low is None or low != low else f"{low:.4f} to {high:.4f}" for name, (low, high) in found}
+
+
+def undefined_note(evaluation: dict[str, Any]) -> str:
+    """Why metrics of the first system are not defined; empty where all are."""
+    reasons = evaluation["rows"][0]["reasons"]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "\n".join(f"not defined, {reason}: {', '.join(names)}" for reason, names in by_reason.items())
+
+
+# hstu-evaluate
+
+
+def evaluate_ranking_run(
+    run: Path, config: Config, store: SequenceStore, model: RankingModel, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What ``hstu-evaluate`` does with a ranking run: predicts, prints, writes ``evaluation.json`` and the plots.
+
+    Raises UserError for a progressive run, whose predictions were made while it trained, and for options of retrieval.
+    """
+    from rich.console import Console
+
+    assert config.ranking is not None
+    if config.ranking.mode == "progressive":
+        raise UserError(f"run={run} is a progressive run: its predictions were made before each step, with the model "
+                        f"as it was then; see {run / 'evaluation.json'}")  # fmt: skip
+    for name in RETRIEVAL_OPTIONS:
+        if options["eval"].get(name) is not None:
+            raise UserError(f"eval.{name}={options['eval'][name]}: {run} is a ranking run, which ranks no catalogue")
+    started = time.perf_counter()
+    data = RankingData(store, config.ranking)
+    trained_eval, config = config.eval, override_eval(config, options["eval"])
+    device, which, part = run_device(options["device"]), options["which"], options["split"]
+    split = make_event_split(store, config.run.selection)
+    predictions = predict(model.to(device), data, config, split_targets(split, part), device)
+    usual = part == "test" and which == "best" and config.eval == trained_eval
+    suffix = "" if usual else f"-{part}-{which}"
+    evaluation = assess_ranking(config, data, split, predictions, part, which, run, suffix)
+    evaluation["seconds"] = time.perf_counter() - started
+    model_row, *others = evaluation["rows"]
+    columns: dict[str, Any] = {config.model.name: model_row["metrics"]}
+    if model_row["intervals"]:
+        columns["95 % interval"] = interval_column(model_row)
+    columns |= {row["system"]: row["metrics"] for row in others}
+    console = Console()
+    console.print(ranking_table(evaluation, columns))
+    if note := undefined_note(evaluation):
+        console.print(note, soft_wrap=True, highlight=False)
+    path = run / f"evaluation{suffix}.json"
+    report.write_json(path, evaluation)
+    console.print(f"{evaluation['seconds']:.1f} s; written to {path}", soft_wrap=True, highlight=False)
+    return evaluation

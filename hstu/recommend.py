@@ -5,6 +5,7 @@
     hstu-recommend run=RUN 'history=["Heat (1995)", 1196]'         or titles; what has spaces or brackets is quoted
     hstu-recommend run=RUN users=all output=recs.parquet           everybody, to Parquet
     hstu-recommend run=RUN users=users.parquet output=recs.parquet the users of column `user`
+    hstu-recommend retrieval=RUN ranking=RUN user=42 [by=like]     two stages: items of one run, ranked by the other
 
 From Python::
 
@@ -41,11 +42,14 @@ from hstu.evaluate import plain_options, run_device
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
     from hstu.config import Config
     from hstu.data.store import SequenceStore
     from hstu.model.retrieval import RetrievalModel
 
+CACHE_MIB = 256.0
+"""Memory of the encoded histories that a :class:`Recommender` keeps."""
 REQUEST_GAP_S = 60
 """Assumed time between the last event and the request, and between the events of a made-up history."""
 
@@ -71,39 +75,8 @@ class Event:
     """Seconds since 1970."""
 
 
-@dataclass
-class Recommendations:
-    """The answer for one user; printing it shows the user's last events and the recommended items."""
-
-    items: list[Item]
-    history: list[Event]
-    """Oldest first."""
-    user: int | str | None = None
-    """Raw user id; None for a made-up history."""
-    skipped: list[int | str] = field(default_factory=list)
-    """Entries of a made-up history that are no known item."""
-    show_last: int = 10
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
-        from rich.table import Table
-
-        who = "made-up history" if self.user is None else escape(f"user {self.user}")
-        last = self.history[-self.show_last :] if self.show_last else []
-        past = Table(title=f"{who}: last {len(last)} of {len(self.history)} events", title_justify="left")
-        for column in ("time (UTC)", "item", "title"):
-            past.add_column(column)
-        for event in last:
-            past.add_row(_clock(event.time), escape(str(event.item)), escape(event.title or ""))
-        new = Table(title=f"{who}: recommended", title_justify="left")
-        for column in ("rank", "item", "title", "score"):
-            new.add_column(column, justify="right" if column in ("rank", "score") else "left")
-        for item in self.items:
-            new.add_row(str(item.rank), escape(str(item.item)), escape(item.title or ""), f"{item.score:.4f}")
-        yield past
-        if self.skipped:
-            yield escape(f"skipped, not in this catalogue: {', '.join(map(repr, self.skipped))}")
-        yield new
+class Printable:
+    """Something that rich prints as tables, and ``print`` too."""
 
     def show(self) -> None:
         """Prints the tables to the terminal."""
@@ -121,6 +94,49 @@ class Recommendations:
         return text.getvalue()
 
 
+def history_table(who: str, history: list[Event], show_last: int) -> Table:
+    """The last events of a history, oldest first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    last = history[-show_last:] if show_last else []
+    table = Table(title=f"{who}: last {len(last)} of {len(history)} events", title_justify="left")
+    for column in ("time (UTC)", "item", "title"):
+        table.add_column(column)
+    for event in last:
+        table.add_row(_clock(event.time), escape(str(event.item)), escape(event.title or ""))
+    return table
+
+
+@dataclass
+class Recommendations(Printable):
+    """The answer for one user; printing it shows the user's last events and the recommended items."""
+
+    items: list[Item]
+    history: list[Event]
+    """Oldest first."""
+    user: int | str | None = None
+    """Raw user id; None for a made-up history."""
+    skipped: list[int | str] = field(default_factory=list)
+    """Entries of a made-up history that are no known item."""
+    show_last: int = 10
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        who = "made-up history" if self.user is None else escape(f"user {self.user}")
+        new = Table(title=f"{who}: recommended", title_justify="left")
+        for column in ("rank", "item", "title", "score"):
+            new.add_column(column, justify="right" if column in ("rank", "score") else "left")
+        for item in self.items:
+            new.add_row(str(item.rank), escape(str(item.item)), escape(item.title or ""), f"{item.score:.4f}")
+        yield history_table(who, self.history, self.show_last)
+        if self.skipped:
+            yield escape(f"skipped, not in this catalogue: {', '.join(map(repr, self.skipped))}")
+        yield new
+
+
 def _clock(seconds: int) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
@@ -129,12 +145,32 @@ def _clock(seconds: int) -> str:
 
 
 class Recommender:
-    """A trained model with its data: answers for users of the store and for made-up histories."""
+    """A trained model with its data: answers for users of the store and for made-up histories.
 
-    def __init__(self, config: Config, store: SequenceStore, model: RetrievalModel, device: str = "auto") -> None:
+    Encoded histories are kept (:class:`hstu.query_cache.QueryCache`), so that a repeated or grown one costs only what
+    is new; scores then agree with a pass over everything to the noise of the dtype. Models that cannot do this (SASRec,
+    Transformer, ``model.divisor=max_len``, ``model.full_rows``) take that pass. The batch form always does.
+
+    Args:
+        config, store: of the run.
+        model: its weights may not change from here on.
+        device: auto, cpu or cuda.
+        cache_mib: memory of the kept histories; 0: none are kept.
+    """
+
+    def __init__(
+        self, config: Config, store: SequenceStore, model: RetrievalModel, device: str = "auto",
+        cache_mib: float = CACHE_MIB,
+    ) -> None:  # fmt: skip
+        from hstu.query_cache import QueryCache, can_cache
+
+        if not cache_mib >= 0:
+            raise UserError(f"cache_mib={cache_mib}: expected >= 0")
         self.config, self.store = config, store
         self.device = run_device(device)
         self.model = model.to(self.device).eval()
+        self.queries = QueryCache(self.model, cache_mib) if cache_mib and can_cache(self.model) else None
+        """None: every history is encoded from its first event."""
         self.titles = store.item_attribute("title")
         self._user_order = np.argsort(store.user_raw_ids, kind="stable")
         self._item_order = np.argsort(store.item_raw_ids, kind="stable")
@@ -156,7 +192,7 @@ class Recommender:
     def user_row(self, user: int | str) -> int:
         """Row of raw user id ``user``; UserError, with ids that exist, where there is none."""
         raw = self.store.user_raw_ids
-        row = _find(raw, self._user_order, user)
+        row = find_raw(raw, self._user_order, user)
         if row is None:
             examples = ", ".join(str(u) for u in raw[: min(3, len(raw))])
             raise UserError(
@@ -169,7 +205,7 @@ class Recommender:
 
         Raises UserError for a title that several items share.
         """
-        row = _find(self.store.item_raw_ids, self._item_order, entry)
+        row = find_raw(self.store.item_raw_ids, self._item_order, entry)
         if row is not None:
             return row + 1
         if not isinstance(entry, str) or self.titles is None:
@@ -209,20 +245,21 @@ class Recommender:
             raise UserError(f"filter_history={value}: expected truncated, full or none")
         return value
 
+    def _read(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the events that the model reads of histories at offsets [B+1], and offsets [B+1] of these."""
+        return expand(np.maximum(offsets[:-1], offsets[1:] - self.config.model.max_len), offsets[1:])
+
     @torch.inference_mode()
-    def _topk(
-        self, items: np.ndarray, times: np.ndarray, offsets: np.ndarray, request_times: np.ndarray,
-        users: np.ndarray, k: int, filter_history: str,
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Scores float32 [B, k] and item ids int64 [B, k]; id 0 where fewer than k items are left.
+    def _queries(
+        self, items: np.ndarray, times: np.ndarray, offsets: np.ndarray, request_times: np.ndarray, users: np.ndarray
+    ) -> torch.Tensor:
+        """Queries [B, D] by a pass over everything.
 
         items, times: [L] whole histories, oldest first; offsets: [B+1]; request_times: [B] s; users: [B].
         """
         from hstu.data.batches import Batch
 
-        max_len = self.config.model.max_len
-        starts = np.maximum(offsets[:-1], offsets[1:] - max_len)
-        rows, short = expand(starts, offsets[1:])
+        rows, short = self._read(offsets)
         followed = np.append(times[1:], 0)  # time of the next event; the last one's is the request
         followed[offsets[1:] - 1] = request_times
         tensor = torch.from_numpy
@@ -231,8 +268,20 @@ class Recommender:
             request_times=tensor(followed[rows]), labels=torch.zeros(len(rows), dtype=torch.int64),
             users=tensor(users), max_len=int(np.diff(short).max()),
         )  # fmt: skip
-        queries = self.model.last(batch.to(self.device))  # [B, D]
-        seen, seen_offsets = (items, offsets) if filter_history == "full" else (items[rows], short)
+        return self.model.last(batch.to(self.device))
+
+    @torch.inference_mode()
+    def _topk(
+        self, queries: torch.Tensor, items: np.ndarray, offsets: np.ndarray, k: int, filter_history: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float32 [B, k] and item ids int64 [B, k]; id 0 where fewer than k items are left.
+
+        queries: [B, D]; items: [L] whole histories; offsets: [B+1].
+        """
+        seen, seen_offsets = items, offsets
+        if filter_history == "truncated":
+            rows, seen_offsets = self._read(offsets)
+            seen = items[rows]
         if filter_history == "none":
             seen, seen_offsets = items[:0], np.zeros_like(offsets)
         if self._rare is not None:
@@ -240,8 +289,9 @@ class Recommender:
             seen, seen_offsets = np.insert(seen, ends, self._rare), seen_offsets + np.arange(len(offsets))
         k = min(k, self.store.num_items)
         best, found = self.model.table.topk(
-            queries, k, tensor(seen).to(self.device), tensor(seen_offsets).to(self.device), self.config.eval.chunk_mib
-        )
+            queries, k, torch.from_numpy(seen).to(self.device), torch.from_numpy(seen_offsets).to(self.device),
+            self.config.eval.chunk_mib,
+        )  # fmt: skip
         scores = best.float().cpu().numpy()
         return scores, np.where(np.isfinite(scores), found.cpu().numpy(), 0)
 
@@ -286,9 +336,13 @@ class Recommender:
         if request < times[-1]:
             raise UserError(f"request_time={request}: expected no earlier than the last event, {int(times[-1])}")
         offsets = np.array([0, len(items)], dtype=np.int64)
-        scores, ids = self._topk(
-            items, times, offsets, np.array([request]), np.array([row]), k, self._filter(filter_history)
-        )
+        chosen = self._filter(filter_history)
+        if self.queries is None:
+            query = self._queries(items, times, offsets, np.array([request]), np.array([row]))
+        else:
+            max_len = self.config.model.max_len
+            query = self.queries.query(items[-max_len:], times[-max_len:], request)
+        scores, ids = self._topk(query, items, offsets, k, chosen)
         found = [
             Item(rank, self._raw(int(i)), self._title(int(i)), float(s))
             for rank, (i, s) in enumerate(zip(ids[0], scores[0], strict=True), 1)
@@ -331,7 +385,8 @@ class Recommender:
             items = np.asarray(self.store.item_ids)[events].astype(np.int64)
             times = np.asarray(self.store.timestamps)[events].astype(np.int64)
             request_times = times[offsets[1:] - 1] + REQUEST_GAP_S
-            yield block, *self._topk(items, times, offsets, request_times, block, k, chosen)
+            queries = self._queries(items, times, offsets, request_times, block)
+            yield block, *self._topk(queries, items, offsets, k, chosen)
 
     def write_parquet(
         self, users: str, output: str | Path, k: int = 10, filter_history: str | None = None, batch_users: int = 512
@@ -341,15 +396,10 @@ class Recommender:
         users: ``all``, or a Parquet file with a column ``user`` of raw user ids.
         Returns the number of users written, and of users left out because they have no events.
         """
-        pl = _polars()
-        path = Path(output).expanduser()
-        if not path.parent.is_dir():
-            raise UserError(f"output={output}: folder {path.parent} does not exist")
-        rows = np.arange(self.store.num_users) if users == "all" else self._rows_of(pl, Path(users).expanduser())
-        has_events = np.diff(np.asarray(self.store.offsets))[rows] > 0
-        blocks = list(self.recommend_many(rows[has_events], k, filter_history, batch_users))
-        if not blocks:
-            raise UserError(f"users={users}: none of {len(rows)} users has an event")
+        pl = polars_module()
+        path = output_path(output)
+        rows, num_empty = self.batch_rows(users)
+        blocks = list(self.recommend_many(rows, k, filter_history, batch_users))
         ids = np.concatenate([ids for _, _, ids in blocks])  # [users, k]
         scores = np.concatenate([scores for _, scores, _ in blocks])
         owner = np.repeat(np.concatenate([block for block, _, _ in blocks]), ids.shape[1])
@@ -363,18 +413,20 @@ class Recommender:
         }
         if self.titles is not None:
             columns["title"] = np.asarray(self.titles)[item]
-        frame = pl.DataFrame({**columns, "score": scores.ravel()[keep]})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            frame.write_parquet(temporary)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"output={output}: could not be written ({error})") from None
-        return int(has_events.sum()), int((~has_events).sum())
+        write_frame(pl.DataFrame({**columns, "score": scores.ravel()[keep]}), path)
+        return len(rows), num_empty
 
-    def _rows_of(self, pl: Any, path: Path) -> np.ndarray:
+    def batch_rows(self, users: str) -> tuple[np.ndarray, int]:
+        """User rows with events of ``all`` users or of those in a Parquet file, and how many have none."""
+        rows = np.arange(self.store.num_users) if users == "all" else self._rows_of(Path(users).expanduser())
+        has_events = np.diff(np.asarray(self.store.offsets))[rows] > 0
+        if not has_events.any():
+            raise UserError(f"users={users}: none of {len(rows)} users has an event")
+        return rows[has_events], int((~has_events).sum())
+
+    def _rows_of(self, path: Path) -> np.ndarray:
         """User rows of the raw ids in column ``user`` of a Parquet file."""
+        pl = polars_module()
         if not path.exists():
             raise UserError(f"users={path}: no such file; expected all, or a Parquet file with a column user")
         try:
@@ -387,7 +439,7 @@ class Recommender:
         return np.array([self.user_row(user) for user in wanted], dtype=np.int64)
 
 
-def _find(raw: np.ndarray, order: np.ndarray, value: int | str) -> int | None:
+def find_raw(raw: np.ndarray, order: np.ndarray, value: int | str) -> int | None:
     """Place of ``value`` in ``raw`` by binary search in ``raw[order]``; numbers and their text are equal."""
     if raw.dtype.kind in "iu":
         try:
@@ -402,7 +454,27 @@ def _find(raw: np.ndarray, order: np.ndarray, value: int | str) -> int | None:
     return int(order[at]) if at < len(raw) and raw[order[at]] == key else None
 
 
-def _polars() -> Any:
+def output_path(output: str | Path) -> Path:
+    """Where the batch form writes; UserError where there is no such folder."""
+    path = Path(output).expanduser()
+    if not path.parent.is_dir():
+        raise UserError(f"output={output}: folder {path.parent} does not exist")
+    return path
+
+
+def write_frame(frame: Any, path: Path) -> None:
+    """Writes a polars frame as Parquet: all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        frame.write_parquet(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"output={path}: could not be written ({error})") from None
+
+
+def polars_module() -> Any:
+    """polars, which the batch form needs."""
     try:
         import polars
     except ImportError:
@@ -410,12 +482,17 @@ def _polars() -> Any:
     return polars
 
 
-def load(run: str | Path, which: str = "best", device: str = "auto") -> Recommender:
+def load(run: str | Path, which: str = "best", device: str = "auto", cache_mib: float = CACHE_MIB) -> Recommender:
     """Loads the ``best`` or ``last`` checkpoint of run folder ``run`` for recommending."""
     from hstu.train import load_run
 
     config, store, model = load_run(Path(run).expanduser(), which=which)
-    return Recommender(config, store, model, device)
+    if config.ranking is not None:
+        raise UserError(
+            f"run={run} is a ranking run: it predicts actions on given items and recommends none; add a retrieval run, "
+            "as in retrieval=RUN ranking=RUN"
+        )
+    return Recommender(config, store, model, device, cache_mib)
 
 
 def recommend_run(options: dict[str, Any]) -> None:
@@ -426,15 +503,21 @@ def recommend_run(options: dict[str, Any]) -> None:
     if (options["users"] is None) != (options["output"] is None):
         raise UserError("the batch form takes both: users=all (or a Parquet file) and output=FILE.parquet")
     if options["users"] is not None:
-        _polars()
+        polars_module()
+    if options["retrieval"] is not None or options["ranking"] is not None:
+        from hstu.two_stage import two_stage_run
+
+        two_stage_run(options)
+        return
+    if options["run"] is None:
+        raise UserError("run is not set: give run=RUN, or retrieval=RUN ranking=RUN")
     recommender = load(options["run"], options["which"], options["device"])
     if options["users"] is not None:
         started = time.perf_counter()
         written, empty = recommender.write_parquet(
             str(options["users"]), options["output"], options["k"], options["filter_history"], options["batch_users"]
         )
-        left_out = f"; {empty:,} users without events left out" if empty else ""
-        print(f"{written:,} users, {time.perf_counter() - started:.1f} s, written to {options['output']}{left_out}")
+        print_written(written, empty, time.perf_counter() - started, options["output"])
         return
     history = options["history"]
     recommender.recommend(
@@ -446,6 +529,12 @@ def recommend_run(options: dict[str, Any]) -> None:
         filter_history=options["filter_history"],
         show_last=options["show_last"],
     ).show()
+
+
+def print_written(num_users: int, num_empty: int, seconds: float, output: str) -> None:
+    """What the batch form says last."""
+    left_out = f"; {num_empty:,} users without events left out" if num_empty else ""
+    print(f"{num_users:,} users, {seconds:.1f} s, written to {output}{left_out}")
 
 
 @command

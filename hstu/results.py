@@ -117,10 +117,12 @@ def show_results(runs: list[Planned], console: Console) -> None:
         assert run.folder is not None
         read = report.read_json(run.folder / "evaluation.json", "train again")
         evaluations.setdefault(run.variant, []).append(read)
+    if first.config.ranking is not None:
+        _show_ranking(evaluations, console)
+        _print_notes(runs, console)
+        return
     main = evaluations[first.variant]
     names = metrics.metric_names(first.config.eval.ks)
-    if first.config.ranking is not None:
-        names = list(main[0]["rows"][0]["metrics"])
     model = first.config.model.name
     for group in dict.fromkeys(row["group"] for row in main[0]["rows"]):
         columns: dict[str, dict[str, float | str]] = {}
@@ -135,6 +137,34 @@ def show_results(runs: list[Planned], console: Console) -> None:
         title = f"{main[0]['dataset']}, protocol {main[0]['protocol']}, test, {users:,} users"
         console.print(report.metrics_table(title + ("" if group == ALL_USERS else f" ({group})"), columns, names))
     _print_notes(runs, console)
+
+
+def _show_ranking(evaluations: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    """The variants, with an interval where there is one of one seed, and the baselines; what is not defined below."""
+    from hstu.ranking_evaluate import interval_column, ranking_table, undefined_note
+
+    main = next(iter(evaluations.values()))[0]
+    columns: dict[str, Any] = {}
+    for variant, entries in evaluations.items():
+        rows = [entry["rows"][0] for entry in entries]
+        columns[variant] = _mean_and_deviation([row["metrics"] for row in rows])
+        if len(evaluations) == len(entries) == 1 and rows[0]["intervals"]:
+            columns["95 % interval"] = interval_column(rows[0])
+    columns |= {row["system"]: row["metrics"] for row in main["rows"][1:]}
+    console.print(ranking_table(main, columns))
+    if note := undefined_note(main):
+        console.print(note, soft_wrap=True, highlight=False)
+
+
+def _mean_and_deviation(seeds: list[dict[str, float | None]]) -> dict[str, float | str | None]:
+    """Of each metric over seeds; None where a seed has none (JSON has no NaN)."""
+    if len(seeds) == 1:
+        return dict(seeds[0])
+    found: dict[str, float | str | None] = dict.fromkeys(seeds[0])
+    known = [{n: v for n, v in seed.items() if v is not None} for seed in seeds]
+    for name, value in report.aggregate(known).items():
+        found[name] = f"{value['mean']:.4f} ± {value['std']:.4f}"
+    return found
 
 
 def _baseline_columns(evaluation: dict[str, Any], model: str, group: str, oracle: bool) -> dict[str, Any]:

@@ -88,18 +88,20 @@ class RankingData:
             values[np.nan_to_num(mask) == 0] = np.nan
         return _label(values, config, where, rows)
 
-    def priors(self, rows: np.ndarray) -> dict[str, list[float]]:
+    def priors(self, rows: np.ndarray, need_all: bool = True) -> dict[str, list[float]]:
         """What the labels of the events ``rows`` are like, by task: the rate [1] (binary), the share of each level
         [C] (multiclass, ordinal), the mean and standard deviation [2] after the transform (regression).
 
-        Raises UserError for a task without any label there.
+        need_all: raises UserError for a task without any label there; else it is left out.
         """
         found = {}
         for name, task in self.config.tasks.items():
             label = self.label(name, rows)
             label = label[~np.isnan(label)].astype(np.float64)
             if len(label) == 0:
-                raise UserError(f"ranking.tasks.{name}: none of {len(rows)} training events has a label")
+                if need_all:
+                    raise UserError(f"ranking.tasks.{name}: none of {len(rows)} training events has a label")
+                continue
             if task.kind == "binary":
                 found[name] = [float(label.mean())]
             elif task.kind == "regression":

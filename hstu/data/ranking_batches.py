@@ -276,14 +276,22 @@ class ProgressiveBatches:
         self.order = np.argsort(np.asarray(store.timestamps), kind="stable")
         assert config.ranking is not None
         self.batch_events = config.ranking.batch_events
+        if len(self.order) <= self.batch_events:
+            raise UserError(
+                f"ranking.batch_events={self.batch_events}: all {len(self.order)} events fit into one step, so nothing "
+                "would be predicted by a trained model; take less"
+            )
 
     def num_steps(self, epoch: int) -> int:
         """Batches of the pass."""
         return -(-len(self.order) // self.batch_events)
 
+    def rows(self, step: int) -> np.ndarray:
+        """Event rows of a step, int64, ascending."""
+        return np.sort(self.order[step * self.batch_events : (step + 1) * self.batch_events])
+
     def batch(self, epoch: int, step: int) -> RankingBatch:
-        rows = np.sort(self.order[step * self.batch_events : (step + 1) * self.batch_events])
-        return gather(self.data, target_sequences(self.data, self.config, rows))
+        return gather(self.data, target_sequences(self.data, self.config, self.rows(step)))
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
         """As of ``TrainBatches``; nothing is cut here."""
