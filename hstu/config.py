@@ -305,6 +305,9 @@ class OptimConfig:
     """Added to the denominator of the update."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    table_weight_decay: float | None = None
+    """Of embedding tables; None: ``weight_decay``. Ranking models, whose ids are learnt by heart within a few epochs,
+    do well with about 1."""
     schedule: str = "constant"
     """constant or cosine (to ``min_lr_fraction`` of lr at the last step), both after warm-up."""
     warmup_steps: int = 0
@@ -320,6 +323,8 @@ class OptimConfig:
         _check(self.lr > 0, "optim.lr", self.lr, "> 0")
         _check(self.eps > 0, "optim.eps", self.eps, "> 0")
         _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        decay = self.table_weight_decay
+        _check(decay is None or decay >= 0, "optim.table_weight_decay", decay, ">= 0 or null")
         _check(0 <= self.min_lr_fraction <= 1, "optim.min_lr_fraction", self.min_lr_fraction, "in [0, 1]")
         betas_ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         _check(betas_ok, "optim.betas", self.betas, "two numbers in [0, 1)")

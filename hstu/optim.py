@@ -11,10 +11,22 @@ from hstu.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay on those of rank 2 and more, as usual. Fused where torch offers it."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    """AdamW over all parameters; weight decay on those of rank 2 and more, as usual. Fused where torch offers it.
+
+    Embedding tables (what the model's ``tables()`` holds) have a decay of their own where the config gives one.
+    """
+    tables = {id(p) for module in getattr(model, "tables", list)() for p in module.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in tables]
+    embeddings = [p for p in model.parameters() if id(p) in tables]
+    decay = config.weight_decay
+    table_decay = decay if config.table_weight_decay is None else config.table_weight_decay
+    if table_decay == decay:
+        rest, embeddings = list(model.parameters()), []
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": table_decay},
+    ]
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

@@ -166,11 +166,15 @@ class RankingModel(nn.Module):
         """Training loss, a scalar; a function of the parameters, the batch and ``seed``."""
         return self.heads.loss(self.outputs(batch, plan, seed), batch.labels)[0]
 
+    def tables(self) -> list[nn.Module]:
+        """Modules whose parameters are embedding tables of ids."""
+        return [self.table, self.item_tables, self.user_tables]
+
     def num_parameters(self) -> dict[str, int]:
         """Parameters: ``total``, and ``without_embeddings`` (without item and feature tables)."""
         total = sum(p.numel() for p in self.parameters())
-        tables = (self.table, self.item_tables, self.user_tables)
-        return {"total": total, "without_embeddings": total - sum(p.numel() for t in tables for p in t.parameters())}
+        in_tables = sum(p.numel() for t in self.tables() for p in t.parameters())
+        return {"total": total, "without_embeddings": total - in_tables}
 
 
 class NumberTokens(nn.Module):

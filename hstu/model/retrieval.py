@@ -38,10 +38,11 @@ class RetrievalModel(nn.Module):
     def encode(self, batch: Batch, plan: AttentionPlan | None = None, seed: int | None = None) -> Tensor:
         """Outputs [L, D] at every event, L2-normalised where the config says so; seed: of the dropout."""
         plan = plan or self.encoder.plan(batch)
-        x = self.encoder(self.table.lookup(batch.item_ids), plan, seed)
-        if self.config.l2_normalize:
-            x = nn.functional.normalize(x, dim=-1, eps=NORM_EPS)
-        return x
+        return self.normalized(self.encoder(self.table.lookup(batch.item_ids), plan, seed))
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Encoder outputs [L, D], L2-normalised where the config says so."""
+        return nn.functional.normalize(x, dim=-1, eps=NORM_EPS) if self.config.l2_normalize else x
 
     def last(self, batch: Batch) -> Tensor:
         """Outputs [B, D] at each user's last event, without dropout. No user may be empty."""
@@ -52,6 +53,10 @@ class RetrievalModel(nn.Module):
         assert self.loss_fn is not None
         queries = self.encode(batch, plan, derive(seed, DROPOUT_SEED))
         return self.loss_fn(queries, batch.labels, batch.weights, self.table, derive(seed, NEGATIVES_SEED))  # type: ignore[no-any-return]
+
+    def tables(self) -> list[nn.Module]:
+        """Modules whose parameters are embedding tables of ids."""
+        return [self.table]
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters: ``total``, and ``without_embeddings`` (everything but the item table)."""
