@@ -51,7 +51,8 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="prepare_schema", node={"data": config.DataConfig})
     store.store(name="schema", node={"experiment": "synthetic", "seed": 0, "seeds": None, "variants": {}, **sections})
-    store.store(group="ranking", name="schema", node=config.RankingConfig)  # first in every conf/ranking/*.yaml
+    # First in every conf/ranking/*.yaml. No member of the group, so that ``ranking=`` stays an option elsewhere.
+    store.store(name="ranking_schema", node=config.RankingConfig)
 
 
 def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") -> None:
@@ -60,6 +61,7 @@ def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") ->
     An exception of the task comes out as it is, without Hydra's own report.
     """
     import hydra
+    from hydra.errors import HydraException
 
     register_schemas()
     failures: list[Exception] = []
@@ -72,7 +74,11 @@ def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") ->
         except Exception as error:
             failures.append(error)
 
-    job()
+    try:
+        job()
+    except HydraException as error:
+        own = conf_dir() / folder / f"{config_name}.yaml" if folder else None
+        raise UserError(_hydra_line(error, own)) from None
     if failures:
         raise failures[0]
 
@@ -110,7 +116,7 @@ def _experiments(data: str | None, model: str) -> list[str]:
     folder, found = conf_dir() / "experiment", []
     for path in folder.rglob("*.yaml"):
         defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
-        picked = {group: choice for entry in defaults for group, choice in dict(entry).items()}
+        picked = {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
         if (picked.get("override /data"), picked.get("override /model")) == (data, model):
             found.append(path.relative_to(folder).with_suffix("").as_posix())
     return sorted(found)
@@ -167,7 +173,8 @@ def _one_line(error: BaseException) -> str | None:
     return None
 
 
-def _hydra_line(error: BaseException) -> str:
+def _hydra_line(error: BaseException, own: Path | None = None) -> str:
+    """own: the file with the options of a command that does not take those of ``hstu.config``."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, OverrideParseException):
@@ -190,16 +197,16 @@ def _hydra_line(error: BaseException) -> str:
         return f"{name}={value}: a list is written {name}=[{value}]; to run once with each value, add -m"
     if found := re.search(r"Missing mandatory value: ([\w.]+)", line):
         return f"{found.group(1)} is not set: give {found.group(1)}=VALUE (--help says what the command takes)"
-    return _with_near_key(line)
+    return _with_near_key(line, own)
 
 
-def _with_near_key(line: str) -> str:
+def _with_near_key(line: str, own: Path | None) -> str:
     """Adds the nearest field to OmegaConf's ``Key 'x' not in 'SomeConfig'`` and ``Key 'x' is not in struct``."""
     from hstu import config
 
     if found := re.search(r"Could not override '([\w.]+)'.* Key '(\w+)' is not in struct", line):
         *parents, key = found.group(1).split(".")
-        return _near(f"there is no option {found.group(1)}", key, _option_names(parents))
+        return _near(f"there is no option {found.group(1)}", key, _option_names(parents, own))
     found = re.search(r"Key '(\w+)' (?:is )?not in '(\w+)'", line)
     cls = getattr(config, found.group(2), None) if found else None
     if found is None or not dataclasses.is_dataclass(cls):
@@ -214,10 +221,17 @@ def _near(line: str, key: str, names: set[str]) -> str:
     return f"{line}; it is one of {', '.join(sorted(names))}" if names else line
 
 
-def _option_names(parents: list[str]) -> set[str]:
+def _option_names(parents: list[str], own: Path | None) -> set[str]:
     """Names of the options in a group such as ``["model", "bias"]``, of every model; the top level for []."""
     from hstu.config import Config
 
+    if own is not None:
+        import yaml
+
+        values = yaml.safe_load(own.read_text(encoding="utf-8"))
+        for part in parents:
+            values = values.get(part) if isinstance(values, dict) else None
+        return set(values) - {"defaults", "hydra"} if isinstance(values, dict) else set()
     classes: list[type] = [Config]
     for part in parents:
         hints = [hint for cls in classes if (hint := typing.get_type_hints(cls).get(part)) is not None]

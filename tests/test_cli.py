@@ -69,6 +69,19 @@ def test_an_option_unlike_any_other_lists_them_all(said):
     assert line.startswith("there is no option model.bias.foo; it is one of bucket_width, num_buckets, per_head")
 
 
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("splt=test", "there is no option splt; did you mean split?"),
+        ("eval.kss=[1]", "there is no option eval.kss; did you mean ks?"),
+        ("zzz=1", "there is no option zzz; it is one of device, eval, "),
+    ],
+    ids=lambda value: value.split("=")[0],
+)
+def test_a_command_with_options_of_its_own(said, argument, expected):
+    assert said("run=x", argument, config_name="evaluate", folder="commands").startswith(expected)
+
+
 def test_an_option_that_must_be_given(said):
     line = said(config_name="evaluate", folder="commands", task=lambda cfg: cfg.run)
     assert line == "run is not set: give run=VALUE (--help says what the command takes)"
