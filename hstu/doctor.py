@@ -31,6 +31,7 @@ OPTIONAL = {
     "polars": ("polars", "hstu-prepare and the Parquet form of hstu-recommend need it: pip install polars"),
     "tensorboard": ("tensorboard", "the default logger; without it add run.loggers=[]"),
     "matplotlib": ("matplotlib", "curves.png of a run needs it: pip install matplotlib"),
+    "scikit-learn": ("sklearn", "two baselines of ranking models need it: pip install scikit-learn"),
 }
 """Distribution -> (module, what it is for)."""
 MIN_CAPABILITY = (8, 0)

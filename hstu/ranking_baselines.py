@@ -31,7 +31,7 @@ RATES = ("constant rate", "item rate", "user x item rates")
 LEARNED = ("logistic regression", "boosted trees")
 NAMES = (*RATES, *LEARNED)
 """Systems in table order. For a regression task a rate is a mean, and logistic regression is ridge regression."""
-MAX_FIT_ROWS = 2_000_000
+MAX_FIT_ROWS = 500_000
 """The learned baselines are fitted on at most so many training events, the latest."""
 RECENT = 10
 """Events of the user's recent rate."""
@@ -40,14 +40,14 @@ MAX_CATEGORIES = 255
 MIN_STRENGTH, MAX_STRENGTH = 1.0, 1e6
 """Least and most events that the global rate counts for: never none, so that a few equal labels are not certainty."""
 LINEAR_C = (0.01, 0.1, 1.0)
-"""Inverse L2 penalties tried; the best on the latest tenth of the training events is taken."""
-HOLDOUT = 0.1
+"""Inverse L2 penalties tried; the best on the latest tenth of the last MAX_CHOICE_ROWS training events is taken."""
+HOLDOUT, MAX_CHOICE_ROWS = 0.1, 250_000
 SAME = 1e-9
 """Relative spread of a number below which it is constant but for rounding."""
 MAX_SCALED = 10.0
 """Standardised numbers are clipped here, so that a linear model does not run away with an outlier."""
-LINEAR_STEPS = 100
-"""Newton steps at most; it takes about ten."""
+LINEAR_STEPS, LINEAR_TOLERANCE = 100, 1e-4
+"""Newton steps at most (it takes about seven), and the largest gradient of the mean loss at which they end."""
 TREES = {"learning_rate": 0.05, "max_iter": 400, "max_leaf_nodes": 31, "min_samples_leaf": 50, "l2_regularization": 1.0}
 """Of HistGradientBoosting, which stops early by a random tenth of the training rows."""
 
@@ -369,19 +369,26 @@ def _learned(
 
 
 def _linear(kind: str, x: Any, y: np.ndarray, x_target: Any, seed: int) -> np.ndarray:
-    """[M, classes] probabilities or [M, 1] values of a linear model; the penalty is chosen on the latest rows."""
+    """[M, classes] probabilities or [M, 1] values of a linear model; the penalty is chosen on the latest rows.
+
+    A penalty adds to the sum of the losses, so the best one changes little with the number of rows.
+    """
     from sklearn.linear_model import LogisticRegression, Ridge
 
-    def fitted(c: float, end: int) -> Any:
+    def fitted(c: float, rows: slice) -> Any:
         if kind == "regression":
-            return Ridge(alpha=1.0 / c, solver="lsqr", random_state=seed).fit(x[:end], y[:end])
-        return LogisticRegression(C=c, solver="newton-cg", max_iter=LINEAR_STEPS).fit(x[:end], y[:end])
+            return Ridge(alpha=1.0 / c, solver="lsqr", random_state=seed).fit(x[rows], y[rows])
+        model = LogisticRegression(C=c, solver="newton-cg", max_iter=LINEAR_STEPS, tol=LINEAR_TOLERANCE)
+        return model.fit(x[rows], y[rows])
 
-    early = int(len(y) * (1.0 - HOLDOUT))
-    if len(np.unique(y[:early])) < len(np.unique(y)):
-        return _predict(kind, fitted(LINEAR_C[1], len(y)), x_target)
-    errors = [_error(kind, fitted(c, early), x[early:], y[early:]) for c in LINEAR_C]
-    return _predict(kind, fitted(LINEAR_C[int(np.argmin(errors))], len(y)), x_target)
+    start = max(0, len(y) - MAX_CHOICE_ROWS)
+    early = slice(start, start + int((len(y) - start) * (1.0 - HOLDOUT)))
+    late = slice(early.stop, len(y))
+    best = LINEAR_C[1]
+    if kind == "regression" or len(np.unique(y[early])) == len(np.unique(y)):
+        errors = [_error(kind, fitted(c, early), x[late], y[late]) for c in LINEAR_C]
+        best = LINEAR_C[int(np.argmin(errors))]
+    return _predict(kind, fitted(best, slice(None)), x_target)
 
 
 def _trees(
