@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hstu.recommend import Recommender
+    from hstu.two_stage import TwoStage
 
-__all__ = ["load"]
+__all__ = ["load", "load_two_stage"]
 
 
 def load(run: str | Path, which: str = "best", device: str = "auto") -> Recommender:
@@ -20,3 +21,13 @@ def load(run: str | Path, which: str = "best", device: str = "auto") -> Recommen
     from hstu.recommend import load as load_recommender
 
     return load_recommender(run, which, device)
+
+
+def load_two_stage(retrieval: str | Path, ranking: str | Path, which: str = "best", device: str = "auto") -> TwoStage:
+    """A retrieval and a ranking run: ``print(hstu.load_two_stage(RETRIEVAL, RANKING).recommend(user=42, by="like"))``.
+
+    retrieval, ranking: run folders, of stores that share raw user and item ids; which and device as in :func:`load`.
+    """
+    from hstu.two_stage import load_two_stage as load_both
+
+    return load_both(retrieval, ranking, which, device)

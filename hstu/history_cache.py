@@ -128,6 +128,11 @@ class CachedEncoder:
         """Most tokens, history and one target, that the model has positions for."""
         return int(self.encoder.input.position.shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Of the weights, and of the caches."""
+        return self.encoder.input.position.device
+
     def empty(self) -> TokenCache:
         """A cache of no token."""
         like = self.encoder.input.position

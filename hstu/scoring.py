@@ -122,11 +122,11 @@ class Scorer:
     # Histories
 
     def history(self, user: int, num_events: int | None = None) -> History:
-        """Of user row ``user`` of the store: the first ``num_events`` events, None: all."""
+        """Of user row ``user`` of the store, -1: nobody, no events; the first ``num_events`` events, None: all."""
         offsets = self.data.store.offsets
-        if not 0 <= user < len(offsets) - 1:
-            raise UserError(f"user={user}: expected a user row 0..{len(offsets) - 2}")
-        start, stop = int(offsets[user]), int(offsets[user + 1])
+        if not -1 <= user < len(offsets) - 1:
+            raise UserError(f"user={user}: expected a user row 0..{len(offsets) - 2}, or -1 for nobody")
+        start, stop = (0, 0) if user == -1 else (int(offsets[user]), int(offsets[user + 1]))
         rows = np.arange(start, stop if num_events is None else min(stop, start + num_events))
         store = self.data.store
         return History(

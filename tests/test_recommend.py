@@ -58,7 +58,8 @@ def test_a_user_and_the_same_made_up_history_agree(recommender, store):
             history=(history_of(store, row) + 10).tolist(),
             history_times=np.asarray(store.timestamps[store.offsets[row] : store.offsets[row + 1]]).tolist(),
         )
-        assert user.items == made_up.items and user.history == made_up.history
+        assert [i.item for i in user.items] == [i.item for i in made_up.items] and user.history == made_up.history
+        assert [i.score for i in user.items] == pytest.approx([i.score for i in made_up.items], abs=1e-6)
 
 
 def test_titles_and_ids_are_the_same_history(recommender):
@@ -327,8 +328,9 @@ def test_command_batch_form(store, monkeypatch, capsys, tmp_path):
         (["user=1000", "output=x.parquet"], "takes both: users=all"),
         (["user=1000", "kk=3"], "kk"),
         (["history=[Film 3 (1903)]"], "quote a value with spaces or brackets"),
+        (["run=null", "user=1000"], "run is not set: give run=RUN, or retrieval=RUN ranking=RUN"),
     ],
-    ids=["unknown-user", "nothing", "two-things", "no-output", "no-users", "unknown-key", "unquoted-title"],
+    ids=["unknown-user", "nothing", "two-things", "no-output", "no-users", "unknown-key", "unquoted-title", "no-run"],
 )
 def test_command_errors_are_one_line(store, monkeypatch, capsys, options, message):
     config = small_config()
