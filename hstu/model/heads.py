@@ -82,6 +82,7 @@ class RankingHeads(nn.Module):
                     gaps = (above[:-1] - above[1:]).clamp(min=1e-3)
                     cuts[1:] = torch.log(torch.expm1(gaps))  # inverse of softplus
                 else:
+                    bias.zero_()
                     self.get_buffer(f"scale_{name}").copy_(prior)
 
     def forward(self, x: Tensor, seed: int | None = None) -> dict[str, Tensor]:
