@@ -11,6 +11,7 @@ A or B is a record's file or name. Options: conf/commands/bench.yaml; how to rea
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,8 +47,11 @@ def make_record(op: str, config: BenchConfig, ceilings: Ceilings, rows: Sequence
     metrics = report.aggregate([{"copy_gb_s": ceilings.copy_gb_s, "product_tflop_s": ceilings.product_tflop_s}])
     values = report.without_paths({**vars(config), "op": op, "device": device.type})
     values["backend"] = backend_of(op, config)
+    if device.type == "cpu":
+        values["load_average"] = [round(load, 2) for load in os.getloadavg()]
     return report.Record(
-        name=config.name or f"bench-{op.replace('_', '-')}-{device.type}-{config.dtype}", kind="kernel",
+        name=config.name or f"bench-{op.replace('_', '-')}-{device.type}-{config.dtype}",
+        kind="scoring" if op == "scoring" else "kernel",
         dataset="random", protocol=None, split_hash=None, model=op, seeds=[config.seed], metrics=metrics,
         timing={"rows": list(rows)}, config=values,
     )  # fmt: skip
@@ -55,7 +59,7 @@ def make_record(op: str, config: BenchConfig, ceilings: Ceilings, rows: Sequence
 
 def backend_of(op: str, config: BenchConfig) -> str:
     """triton or torch: what ran."""
-    name = "attention" if op == "layer" else op
+    name = "attention" if op in ("layer", "scoring") else op
     return choose(name, config.torch_device(), DTYPES[config.dtype]).backend
 
 
@@ -68,7 +72,7 @@ def run(config: BenchConfig) -> list[report.Record]:
     records = []
     try:
         prepare_torch(config)
-        ceilings = measure_ceilings(device, DTYPES[config.dtype], toy=config.sizes == "toy")
+        ceilings = measure_ceilings(device, DTYPES[config.dtype], config.sizes == "toy", config.cpu_time)
         print(
             f"measured ceilings on {device.type}: copy {ceilings.copy_gb_s:,.0f} GB/s (read plus write), "
             f"product {ceilings.product_tflop_s:,.3g} TFLOP/s ({ceilings.dtype})"

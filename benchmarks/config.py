@@ -62,6 +62,8 @@ class BenchConfig:
     """Of the random inputs."""
     threads: int | None = None
     """torch CPU threads; null: torch's default."""
+    cpu_time: bool = False
+    """On the CPU: time that the process computed instead of the clock's, for a machine that others use too."""
     out: str = "benchmarks/results"
     """Folder of the records and plots."""
     name: str | None = None

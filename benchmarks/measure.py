@@ -3,7 +3,8 @@
 On CUDA a call is timed by events on the stream. Where launching takes the CPU longer than the GPU needs to compute,
 the stream is first given something to wait for, so that the event time is the device's own; the time per call with
 launching is measured beside it (``wall_ms``). Inputs that fit into the L2 cache exist several times and the calls
-rotate over them, so that they are read from memory. On the CPU ``perf_counter`` brackets each call.
+rotate over them, so that they are read from memory. On the CPU ``perf_counter`` brackets each call; where others use the
+machine too, the time that the process computed (``cpu_time``).
 """
 
 from __future__ import annotations
@@ -47,18 +48,24 @@ class Times:
     calls: int
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, warmup_ms: float, time_ms: float) -> Times:
-    """Times ``calls`` in turn: the same computation on several sets of inputs."""
-    first = _seconds(calls[0], device)  # compiles, allocates
-    once = min(first, _seconds(calls[0], device))
+def time_calls(
+    calls: Sequence[Call], device: torch.device, warmup_ms: float, time_ms: float, cpu_time: bool = False
+) -> Times:
+    """Times ``calls`` in turn: the same computation on several sets of inputs.
+
+    cpu_time: on the CPU, by the time that the process computed, all its threads together, instead of the clock.
+    """
+    clock = time.process_time if cpu_time and device.type == "cpu" else time.perf_counter
+    first = _seconds(calls[0], device, clock)  # compiles, allocates
+    once = min(first, _seconds(calls[0], device, clock))
     for index in range(_count(warmup_ms, once, 1)):
         calls[index % len(calls)]()
-    once = min(once, _seconds(calls[0], device))
+    once = min(once, _seconds(calls[0], device, clock))
     count = _count(time_ms, once, MIN_CALLS)
     if device.type == "cuda":
         times_ms = _event_times(calls, count, once)
     else:
-        times_ms = [1e3 * _seconds(calls[i % len(calls)], device) for i in range(count)]
+        times_ms = [1e3 * _seconds(calls[i % len(calls)], device, clock) for i in range(count)]
     quantiles = torch.tensor(times_ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     p20, median, p80 = (float(x) for x in quantiles)
     return Times(median, p20, p80, _wall_ms(calls, device, count) if device.type == "cuda" else median, count)
@@ -74,12 +81,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(call: Call, device: torch.device) -> float:
+def _seconds(call: Call, device: torch.device, clock: Callable[[], float]) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _event_times(calls: Sequence[Call], count: int, once_s: float) -> list[float]:
@@ -168,16 +175,16 @@ class Ceilings:
         return (product_s, "product") if product_s > copy_s else (copy_s, "copy")
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, toy: bool = False) -> Ceilings:
-    """Measures both; a few hundred milliseconds on a GPU."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, toy: bool = False, cpu_time: bool = False) -> Ceilings:
+    """Measures both; a few hundred milliseconds on a GPU. cpu_time: as of :func:`time_calls`."""
     on_gpu = device.type == "cuda"
     copied_bytes = 2**20 if toy else 2**30 if on_gpu else 2**27
     size = 64 if toy else 8192 if on_gpu and dtype != torch.float32 else 4096 if on_gpu else 1024
     time_ms = 2.0 if toy else 200.0
     source = torch.ones(copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = time_calls([lambda: target.copy_(source)], device, 0.2 * time_ms, time_ms)
+    copy = time_calls([lambda: target.copy_(source)], device, 0.2 * time_ms, time_ms, cpu_time)
     generator = torch.Generator(device=device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    product = time_calls([lambda: a @ b], device, 0.2 * time_ms, time_ms)
+    product = time_calls([lambda: a @ b], device, 0.2 * time_ms, time_ms, cpu_time)
     return Ceilings(2e-6 * copied_bytes / copy.ms, 2e-9 * size**3 / product.ms, str(dtype).removeprefix("torch."))

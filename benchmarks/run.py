@@ -165,7 +165,7 @@ def _measure_pass(runs: Sequence[Run], one: str, config: BenchConfig) -> dict[st
     """Times and peak memory of one pass."""
     device = config.torch_device()
     calls = [_call(run, one) for run in runs]
-    times = measure.time_calls(calls, device, config.warmup_ms, config.time_ms)
+    times = measure.time_calls(calls, device, config.warmup_ms, config.time_ms, config.cpu_time)
     values: dict[str, float | int | None] = {
         "ms": times.ms, "ms_p20": times.ms_p20, "ms_p80": times.ms_p80, "wall_ms": times.wall_ms, "calls": times.calls,
     }  # fmt: skip

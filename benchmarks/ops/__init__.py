@@ -51,8 +51,8 @@ from torch import Tensor
 from kernels._backend import OPS
 
 PRESETS = ("toy", "quick", "full")
-BENCHES = (*OPS, "layer")
-"""What ``op=`` takes: every op, and the whole HSTU layer stack."""
+BENCHES = (*OPS, "layer", "scoring")
+"""What ``op=`` takes: every op, the whole HSTU layer stack, and scoring candidates with a ranking model."""
 Sizes = Mapping[str, Any]
 
 
