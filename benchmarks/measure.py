@@ -3,8 +3,8 @@
 On CUDA a call is timed by events on the stream. Where launching takes the CPU longer than the GPU needs to compute,
 the stream is first given something to wait for, so that the event time is the device's own; the time per call with
 launching is measured beside it (``wall_ms``). Inputs that fit into the L2 cache exist several times and the calls
-rotate over them, so that they are read from memory. On the CPU ``perf_counter`` brackets each call; where others use the
-machine too, the time that the process computed (``cpu_time``).
+rotate over them, so that they are read from memory. On the CPU ``perf_counter`` brackets each call; where others use
+the machine too, the time that the process computed (``cpu_time``).
 """
 
 from __future__ import annotations
