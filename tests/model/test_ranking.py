@@ -228,8 +228,9 @@ def test_dropout_follows_the_seed(store):
     assert one == two != other
 
 
-def test_bfloat16_autocast_is_close(store):
-    config, data, model = make_model(store, "fused")
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_autocast_is_close(store, form):
+    config, data, model = make_model(store, form)
     batch = batch_of(config, data)
     plain = model.loss(batch, 0).item()
     with torch.autocast("cpu", torch.bfloat16):
