@@ -322,7 +322,8 @@ def plot_curves(run: Path) -> Path | None:
     """Plots the training loss and the evaluation metrics of ``RUN/metrics.jsonl`` into ``RUN/curves.png``.
 
     Lines of the file are objects with ``step``: a training line has ``loss``, an evaluation line ``epoch_loss`` and
-    ``NAME@K`` keys. Without matplotlib (an optional package) nothing is drawn, said once, and None returned.
+    ``NAME@K`` or ``TASK/METRIC`` keys. Without matplotlib (an optional package) nothing is drawn, said once, and None
+    returned.
     """
     file = run / "metrics.jsonl"
     if not file.exists():
@@ -363,6 +364,10 @@ def plot_curves(run: Path) -> Path | None:
 Points = list[tuple[float, float]]
 
 
+SHOWN_CURVES = ("@10", "@200", "/auc", "/ne")
+"""Metrics that share one axis in ``curves.png``, by the end of their names; all where a run has none of these."""
+
+
 def _read_curves(file: Path) -> tuple[dict[str, Points], dict[str, Points]]:
     """(step, value) points of ``loss`` and ``epoch_loss``, and of each metric that is shown."""
     losses: dict[str, Points] = {"loss": [], "epoch_loss": []}
@@ -378,10 +383,10 @@ def _read_curves(file: Path) -> tuple[dict[str, Points], dict[str, Points]]:
                 continue
             if name in losses:
                 losses[name].append((step, float(value)))
-            elif "@" in name:
+            elif "@" in name or "/" in name:
                 part = f" ({line['kind']})" if line.get("kind") else ""
                 curves.setdefault(name + part, []).append((step, float(value)))
-    shown = [n for n in curves if n.partition("@")[2].split(" ")[0] in ("10", "200")] or list(curves)
+    shown = [n for n in curves if n.split(" ")[0].endswith(SHOWN_CURVES)] or list(curves)
     return losses, {name: curves[name] for name in shown}
 
 

@@ -324,6 +324,13 @@ def test_curves_are_read_and_drawn(tmp_path):
     assert blue[:, : pixels.shape[1] // 2].sum() > 100  # the loss is drawn, on the left
 
 
+def test_curves_of_a_ranking_run(tmp_path):
+    values = '"click/auc": 0.7, "click/gauc": 0.6, "click/ne": 0.9, "click/rate": 0.3, "watch/rmse": 40.0'
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "validation", "epoch_loss": 1.0, ' + values + "}\n")
+    curves = report._read_curves(tmp_path / "metrics.jsonl")[1]
+    assert curves == {"click/auc (validation)": [(1.0, 0.7)], "click/ne (validation)": [(1.0, 0.9)]}
+
+
 @pytest.mark.parametrize("text", ["", '{"step": 1, "loss": 2.0}\n', '{"step": 1, "hr@7": 0.5}\n'])
 def test_short_curves_are_drawn(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
