@@ -1,9 +1,10 @@
-"""Plots of benchmark records: TFLOP/s over length, roofline, memory over length."""
+"""Plots of benchmark records: TFLOP/s over length, roofline, memory over length; latency of scoring."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hstu.report import Record
 
 COLOURS = {
     OURS: "tab:blue", "torch": "tab:gray", "sdpa": "tab:orange", "flex": "tab:green", "reference-triton": "tab:red",
-    "cutlass": "tab:purple",
+    "cutlass": "tab:purple", "cold": "tab:green", "plain": "tab:gray", "separate": "tab:orange",
 }  # fmt: skip
 LENGTH = "S"
 """Size that lengths are plotted over."""
@@ -44,11 +45,14 @@ def plot_record(record: Record, folder: Path, stem: str, roofline: bool = True) 
     ceilings = {name: value["mean"] for name, value in record.metrics.items()}
     title = f"{record.model}, {record.config.get('dtype')}, {record.machine['gpu'] or record.machine['cpu']}"
     drawn = []
-    for name, draw in (
+    plots: tuple[tuple[str, Callable[[], Any]], ...] = (
         ("tflops", lambda: _over_length(plt, rows, "tflop_s", "TFLOP/s", ceilings.get("product_tflop_s"))),
         ("memory", lambda: _over_length(plt, rows, "peak_mib", "peak memory, MiB", None)),
         ("roofline", lambda: _roofline(plt, rows, ceilings) if roofline else None),
-    ):
+    )
+    if record.kind == "scoring":
+        plots = (("latency", lambda: _latency(plt, rows)),)
+    for name, draw in plots:
         figure = draw()
         if figure is None:
             continue
@@ -101,6 +105,32 @@ def _tidy(axis: Any, key: Sequence[str], label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False)
     axis.set_ylim(bottom=0)
+
+
+def _latency(plt: Any, rows: Sequence[Row]) -> Any:
+    """Time of scoring over the number of candidates, a panel for each model and history, at its usual micro-batch."""
+    usual = Counter(row["M"] for row in rows).most_common(1)
+    panels: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row["M"] == usual[0][0]:
+            panels.setdefault((row["D"], row["S"]), []).append(row)
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, ((dim, length), members) in zip(axes.flat, sorted(panels.items()), strict=False):
+        for name in dict.fromkeys(r["implementation"] for r in members):
+            points = sorted((r["C"], r["ms"]) for r in members if r["implementation"] == name)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=COLOURS.get(name))
+        axis.set(xscale="log", yscale="log", xlabel="candidates", ylabel="ms")
+        axis.set_title(f"D={dim}, history of {length:,} events", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
+    return figure
 
 
 def _intensity(row: Row) -> float:

@@ -14,7 +14,7 @@ from hstu.report import GROUP_SEPARATOR, OURS, RESULTS, Record, markdown_table
 
 README_METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200")
 RANKING_METRICS = ("auc", "gauc", "ne", "calibration", "accuracy", "mae", "rmse")
-BLOCKS = ("accuracy", "ranking", "timing", "kernels", "provenance")
+BLOCKS = ("accuracy", "ranking", "timing", "scoring", "kernels", "provenance")
 """README blocks, each between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``."""
 
 
@@ -30,7 +30,10 @@ def readme_block(block: str, records: Sequence[tuple[str, Record]], results: Pat
     if block == "ranking":
         return _ranking([r for _, r in records if r.kind == "ranking"])
     if block == "timing":
-        return _timing([r for _, r in records if r.kind != "kernel"])
+        return _timing([r for _, r in records if r.kind not in ("kernel", "scoring")])
+    if block == "scoring":
+        scored = [(file, r) for file, r in records if r.kind == "scoring" and not r.config.get("toy")]
+        return _scoring([r for _, r in scored]) + _plots([file for file, _ in scored], results)
     return _provenance(records)
 
 
@@ -109,9 +112,29 @@ def _is_gpu_record(record: Record) -> bool:
 
 def _plots(files: Sequence[str], results: Path) -> str:
     """The plots that lie beside the records ``files`` in ``results``, as Markdown images."""
-    names = [f"{file.removesuffix('.json')}-{plot}" for file in files for plot in ("tflops", "memory", "roofline")]
+    kinds = ("tflops", "memory", "roofline", "latency")
+    names = [f"{file.removesuffix('.json')}-{plot}" for file in files for plot in kinds]
     found = [name for name in names if (results / f"{name}.png").exists()]
     return "".join(f"\n\n![{name[11:]}](benchmarks/results/{name}.png)" for name in found)  # 11: without the date
+
+
+def _scoring(records: Sequence[Record]) -> str:
+    """A line per point: the time against a cache, and how many times as long the other ways take."""
+    lines = []
+    for record in records:
+        rows = [row for row in record.timing["rows"] if "ms" in row]
+        machine = record.machine["gpu"] or f"{record.machine['cpu']}, {record.config.get('threads')} threads"
+        for row in (row for row in rows if row["implementation"] == OURS):
+            others = {r["implementation"]: f"{r['ms'] / row['ms']:.1f}x" for r in rows if r["point"] == row["point"]}
+            model = f"D={row['D']}, {row['H']} heads, {row['layers']} layers, {row['dtype']}"
+            spread = f"{_number(row['ms_p20'])} .. {_number(row['ms_p80'])}"
+            sizes = [f"{row[size]:,}" for size in ("S", "C", "M")]
+            beside = [others.get(name, "") for name in ("cold", "plain", "separate")]
+            lines.append([model, *sizes, _number(row["ms"]), spread, f"{row['tokens_per_s']:,.0f}", *beside, machine])
+    if not lines:
+        return "No records yet."
+    sizes, measured = ("History", "Candidates", "Micro-batch"), ("ms", "20 .. 80 %", "Candidates/s")
+    return markdown_table(["Model", *sizes, *measured, "Cold", "Plain", "Separate", "Machine"], lines)
 
 
 def _kernels(records: Sequence[Record]) -> str:

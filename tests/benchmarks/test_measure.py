@@ -62,3 +62,8 @@ def test_event_times_on_cuda_exclude_launching():
     times = measure.time_calls([many_small], device, 5, 20)
     assert times.ms <= times.wall_ms * 1.1
     assert measure.peak_mib(lambda: torch.empty(2**20, device=device), device) == pytest.approx(4.0, rel=0.01)
+
+
+def test_cpu_time_does_not_count_waiting():
+    times = measure.time_calls([lambda: time.sleep(0.01)], CPU, warmup_ms=0.0, time_ms=0.0, cpu_time=True)
+    assert times.ms_p80 < 5.0 and times.ms == times.wall_ms
