@@ -150,6 +150,14 @@ def test_options_that_do_nothing_or_harm_are_refused(make, message):
         make()
 
 
+def test_switches_of_ablations(tmp_path):
+    store = rich_store(tmp_path / "s")
+    data = RankingData(store, ranking_config(use_actions=False))
+    assert data.num_action_bits == 0 and data.num_prefix == 2 and len(data.token_feature_sizes) == 4
+    data = RankingData(store, ranking_config(use_features=False))
+    assert data.num_action_bits == 11 and data.num_prefix == 0 and data.token_feature_sizes == {}
+
+
 def test_priors(tmp_path):
     tasks = {
         "b": TaskConfig("x", threshold=2),

@@ -26,9 +26,9 @@ def store(tmp_path):
     return small_store(tmp_path / "store", LENGTHS, timestamps=rows, actions=(rows % 3 == 0).astype(np.float32))
 
 
-def batches(store, form, alpha, selection="uniform", **ranking):
+def batches(store, form, alpha, selection="uniform", max_len=100, **ranking):
     config = Config(
-        model=HSTUConfig(dim=8, num_blocks=1, qk_dim=4, v_dim=4, max_len=100),
+        model=HSTUConfig(dim=8, num_blocks=1, qk_dim=4, v_dim=4, max_len=max_len),
         run=RunConfig(batch_users=4, stochastic_length=StochasticLengthConfig(alpha, selection)),
         ranking=RankingConfig(form, {"like": TaskConfig()}, {"actions": ActionConfig()}, **ranking),
     )
@@ -84,6 +84,14 @@ def test_alpha_2_changes_nothing_and_batches_are_a_function_of_epoch_and_step(st
             a, b = getattr(last, field.name), getattr(again, field.name)
             if isinstance(a, torch.Tensor):
                 assert torch.equal(a, b), field.name
+
+
+@pytest.mark.parametrize("selection", ["recent", "uniform", "recency"])
+def test_every_cut_sequence_predicts_something(store, selection):
+    data = batches(store, "interleaved", 1.05, selection, max_len=10, stride=2)  # mostly context, cut to 3 events
+    for epoch in range(5):
+        for batch in all_batches(data, epoch):
+            assert (batch.num_targets > 0).all()
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
