@@ -99,7 +99,7 @@ def test_fused_an_action_is_unseen_by_its_group_and_seen_by_the_next(store, tmp_
         assert changed(before, predictions(model, batch_of(config, other))) == later
 
 
-def test_fused_targets_do_not_see_each_other(store, tmp_path):
+def test_fused_targets_do_not_see_each_other(store):
     """Another item as target changes its own prediction only, also through the prefix, which sees the history."""
     config, data, model = make_model(store, "fused")
     rows = [12, 13, 14]
@@ -131,7 +131,7 @@ def test_predicted_events_may_have_any_action(store, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_other_users_features_change_nothing(store, tmp_path, form):
+def test_other_users_features_change_nothing(store, form):
     config, data, model = make_model(store, form)
     before = predictions(model, batch_of(config, data))
     batch = batch_of(config, data)
