@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import sys
 
 import pytest
+import yaml
 
-from hstu.cli import command, run_hydra
-from hstu.config import from_dictconfig
+from hstu.cli import command, conf_dir, run_hydra
+from hstu.config import MODELS, BiasConfig, from_dictconfig
 
 
 @pytest.fixture
@@ -95,3 +97,11 @@ def test_a_place_where_nothing_can_be_written(said, number):
         raise OSError(number, "Reason", "place")
 
     assert said(task=fail) == "place cannot be written (Reason): choose another place"
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_option_of_a_model_can_be_overridden(name):
+    values = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert set(values) == {f.name for f in dataclasses.fields(MODELS[name])}
+    if "bias" in values:
+        assert set(values["bias"]) == {f.name for f in dataclasses.fields(BiasConfig)}
