@@ -83,8 +83,8 @@ class Ranked(Printable):
         who = escape(f"user {self.user}")
         table = Table(title=f"{who}: the best of {self.num_scored} candidates by {escape(self.by)}",
                       title_justify="left")  # fmt: skip
-        sum_of_tasks = [] if self.by in self.tasks else [self.by]
-        for column in ("rank", "item", "title", *sum_of_tasks, *self.tasks, "retrieval score", "retrieval rank"):
+        sum_of_tasks = [] if self.by in self.tasks else ["value"]
+        for column in ("rank", "item", "title", *sum_of_tasks, *self.tasks, "retrieval", "its rank"):
             table.add_column(escape(column), justify="left" if column in ("item", "title") else "right")
         for item in self.items:
             numbers = [item.value] * len(sum_of_tasks) + [item.predictions[task] for task in self.tasks]
