@@ -133,8 +133,8 @@ def _scoring(records: Sequence[Record]) -> str:
             lines.append([model, *sizes, _number(row["ms"]), spread, f"{row['tokens_per_s']:,.0f}", *beside, machine])
     if not lines:
         return "No records yet."
-    sizes, measured = ("History", "Candidates", "Micro-batch"), ("ms", "20 .. 80 %", "Candidates/s")
-    return markdown_table(["Model", *sizes, *measured, "Cold", "Plain", "Separate", "Machine"], lines)
+    names, measured = ("History", "Candidates", "Micro-batch"), ("ms", "20 .. 80 %", "Candidates/s")
+    return markdown_table(["Model", *names, *measured, "Cold", "Plain", "Separate", "Machine"], lines)
 
 
 def _kernels(records: Sequence[Record]) -> str:
