@@ -69,6 +69,16 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+MAX_ROW_STRIDE = 2**24
+"""Elements from one row to the next up to which an offset inside a tile of 128 rows fits into 32 bits."""
+
+
+def near_rows(x: torch.Tensor) -> torch.Tensor:
+    """x of unit stride with rows at most :data:`MAX_ROW_STRIDE` apart: itself, or a contiguous copy."""
+    x = unit_stride(x)
+    return x if x.shape[0] < 2 or x.stride(0) <= MAX_ROW_STRIDE else x.contiguous()
+
+
 def dot_precision() -> str:
     """``input_precision`` of float32 products: ieee, or tf32 where torch was asked for it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -18,10 +18,10 @@ from kernels._launch import (
     dot_precision,
     interpreting,
     length_bucket,
+    near_rows,
     num_sms,
     power_of_two,
     select,
-    unit_stride,
 )
 from kernels._norm_kernel import sum_partials
 from kernels.attention.programs import _attention_keys_kernel, _attention_rows_kernel
@@ -103,7 +103,7 @@ class Problem(NamedTuple):
             self.offsets, self.order, self.key_starts, self.key_lengths, self.num_targets, self.query_age,
             self.key_age, self.thresholds, self.row_divisor, self.position_weight, self.time_weight,
         )  # fmt: skip
-        return [self.q if x is None else x for x in given]
+        return [self.q if x is None else x.contiguous() for x in given]
 
     def bias_strides(self) -> tuple[int, int]:
         """Entries from one head's table to the next; 0 where heads share it."""
@@ -180,7 +180,7 @@ def keys_configs(problem: Problem) -> list[Config]:
 
 def _prepared(problem: Problem) -> Problem:
     tables = [None if w is None else w.contiguous() for w in (problem.position_weight, problem.time_weight)]
-    q, k, v = (unit_stride(x) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (near_rows(x) for x in (problem.q, problem.k, problem.v))
     return problem._replace(q=q, k=k, v=v, position_weight=tables[0], time_weight=tables[1])
 
 
@@ -236,7 +236,7 @@ def attention_bwd(
         deterministic: bit-equal over runs: no sum whose order the hardware chooses. Only the tables' gradients need
             it; without tables every run is.
     """
-    problem, grad = _prepared(problem), unit_stride(grad)
+    problem, grad = _prepared(problem), near_rows(grad)
     sizes = problem.table_sizes()
     dk, dv = _launch_keys(problem, grad)
     dq, copies = _launch_rows(problem, grad, deterministic and sum(sizes) > 0)

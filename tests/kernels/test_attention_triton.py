@@ -3,6 +3,8 @@
 Legend: L query rows in all, H heads, A query/key width, V value width. Interpreted tiles are 16 x 32.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -134,6 +136,17 @@ def test_delta_form():
     compare(op, reference, clean)
     with_nan = op(inputs["q"][q_rows], k, v, *tables.values())
     assert torch.equal(with_nan, op(*clean.values()))
+
+
+def test_delta_form_with_counts_that_are_columns_of_a_table():
+    inputs, _, (q_rows, k, v, delta) = delta_case()
+    columns = ("offsets", "key_starts", "key_lengths", "num_targets")
+    strided = {name: torch.stack([getattr(delta, name)] * 3, dim=1)[:, 1] for name in columns}
+    assert all(x.stride() == (3,) for x in strided.values())
+    found, expected = (
+        attention(inputs["q"][q_rows], k, v, plan, divisor=9.0) for plan in (replace(delta, **strided), delta)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_empty_batch_and_no_users():
