@@ -42,9 +42,8 @@ def _position_bias(weight: Tensor | None, length: int, work: torch.dtype, causal
     if weight is None:
         return hidden[None]
     center = (weight.shape[1] - 1) // 2
-    reach = weight[:, center - length + 1 : center + length].to(work).contiguous()  # [H or 1, 2n-1]
-    i = torch.arange(length)
-    return reach[:, length - 1 + i[None, :] - i[:, None]] + hidden
+    reach = weight[:, center - length + 1 : center + length].to(work)  # [H or 1, 2n-1]
+    return reach.unfold(1, length, 1).flip(1) + hidden  # row i is the window that begins at n - 1 - i
 
 
 class Pairs(NamedTuple):
