@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 matrix = runpy.run_path(str(HERE / "hstu" / "_matrix.py"))
 supported = matrix["supported_range"]
+LEAST_PYTHON, MOST_PYTHON = matrix["MIN_PYTHON"], matrix["MAX_PYTHON"]
 
 TRITON = f"triton{supported('triton')}; platform_system == 'Linux'"
 # torchrec's own metadata asks for the CUDA wheel of fbgemm. On a machine without CUDA install torchrec with
@@ -43,7 +44,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=f">={'.'.join(map(str, matrix['MIN_PYTHON']))}",
+    python_requires=f">={LEAST_PYTHON[0]}.{LEAST_PYTHON[1]},<{MOST_PYTHON[0]}.{MOST_PYTHON[1] + 1}",
     packages=[*find_packages(include=PACKAGES), "hstu.conf"],
     package_dir={"hstu.conf": "conf"},
     package_data={"hstu.conf": ["*.yaml", "**/*.yaml"], "hstu": ["py.typed"], "kernels": ["py.typed"]},

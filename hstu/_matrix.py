@@ -28,6 +28,8 @@ MATRIX = (
 PINNED_TORCH = "2.13.0"
 """What ``requirements/*.txt`` install and the tests run on."""
 MIN_PYTHON = (3, 11)
+MAX_PYTHON = (3, 12)
+"""The newest minor version anything was tested with. ``requirements/install.sh`` has both once more."""
 
 
 def series(version: str) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hstu._matrix import MATRIX, MIN_PYTHON, PINNED_TORCH, find_row, mismatches
+from hstu._matrix import MATRIX, MAX_PYTHON, MIN_PYTHON, PINNED_TORCH, find_row, mismatches
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +97,11 @@ def nvidia_smi() -> str | None:
 def check_python(report: Report) -> None:
     report.section("versions")
     report.add("Python", f"{platform.python_version()} ({sys.executable})")
-    if sys.version_info[:2] < MIN_PYTHON:
-        wanted = ".".join(map(str, MIN_PYTHON))
+    if not MIN_PYTHON <= sys.version_info[:2] <= MAX_PYTHON:
+        least, most = (".".join(map(str, version)) for version in (MIN_PYTHON, MAX_PYTHON))
         report.find(
-            f"Python {platform.python_version()}: expected >= {wanted}; make clean-venv, then PYTHON=... make install"
+            f"Python {platform.python_version()}: expected {least} to {most}; "
+            "make clean-venv, then PYTHON=... make install"
         )
 
 

@@ -17,19 +17,20 @@ for other in cpu cuda; do
     fi
 done
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+# The versions of MIN_PYTHON and MAX_PYTHON in hstu/_matrix.py.
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; }
 
 if [ -x "$venv/bin/python" ]; then
-    new_enough "$venv/bin/python" || fail "$venv has Python older than 3.11 or broken: run 'make clean-venv' first"
+    supported "$venv/bin/python" || fail "$venv has a Python that is not 3.11 or 3.12, or is broken: run 'make clean-venv' first"
 else
     if [ -n "$python" ]; then
-        new_enough "$python" || fail "PYTHON=$python does not run or is older than 3.11: give a Python >= 3.11"
+        supported "$python" || fail "PYTHON=$python does not run or is not Python 3.11 or 3.12: give one of these"
     else
-        for candidate in python3 python python3.12 python3.11 python3.13; do
-            if new_enough "$candidate"; then python="$candidate"; break; fi
+        for candidate in python3 python python3.12 python3.11; do
+            if supported "$candidate"; then python="$candidate"; break; fi
         done
         if [ -z "$python" ]; then
-            fail "no Python >= 3.11 found (looked for python3, python, python3.11 to 3.13): install one, or give PYTHON=/path/to/python3.11"
+            fail "no Python 3.11 or 3.12 found (looked for python3, python, python3.12, python3.11): install one, or give PYTHON=/path/to/python3.11"
         fi
     fi
     echo "making $venv with $("$python" --version) ($python)"

@@ -128,7 +128,7 @@ def test_pins_lie_in_the_ranges_of_setup(setup_arguments: dict[str, Any]) -> Non
             continue
         assert name in pinned, f"setup.py asks for {name}, requirements/*.txt do not pin it"
         assert need.specifier.contains(version_of(pinned[name])), f"{need} against {pinned[name]}"
-    assert setup_arguments["python_requires"] == ">=3.11"
+    assert setup_arguments["python_requires"] == ">=3.11,<3.13"
 
 
 def test_the_training_path_asks_for_no_optional_package(setup_arguments: dict[str, Any]) -> None:
@@ -243,8 +243,9 @@ def install(*arguments: str, path: Path | None = None) -> subprocess.CompletedPr
 
 
 def test_install_says_that_there_is_no_python(tmp_path: Path) -> None:
-    for name in ("python", "python3", "python3.11", "python3.12", "python3.13"):
+    for name in ("python", "python3", "python3.11", "python3.12"):
         fake_command(tmp_path / "bin", name, 1)
+    fake_python(tmp_path / "bin" / "python3.13", (3, 13))
     done = install("cpu", str(tmp_path / "venv"), path=tmp_path / "bin")
     assert done.returncode == 1 and not (tmp_path / "venv").exists()
     assert done.stderr.splitlines() == [
@@ -253,11 +254,30 @@ def test_install_says_that_there_is_no_python(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1 and "PYTHON=" in done.stderr
 
 
+def fake_python(file: Path, version: tuple[int, int]) -> None:
+    """A command that runs ``-c CODE`` as that version would, and fails at everything else."""
+    code = f"import sys; sys.version_info = (*{version}, 0, 'final', 0); exec(sys.argv[1])"
+    file.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 1\nexec \'{sys.executable}\' -c "{code}" "$2"\n')
+    file.chmod(0o755)
+
+
+@pytest.mark.parametrize("minor", [10, 11, 12, 13, 14])
+def test_install_takes_the_pythons_of_the_matrix(tmp_path: Path, minor: int) -> None:
+    python = tmp_path / "some-python"
+    fake_python(python, (3, minor))
+    done = install("cpu", str(tmp_path / "venv"), str(python))
+    supported = _matrix.MIN_PYTHON <= (3, minor) <= _matrix.MAX_PYTHON
+    refused = f"error: PYTHON={python} does not run or is not Python 3.11 or 3.12: give one of these"
+    taken = f"error: '{python} -m venv' failed"  # the next step, which the fake one cannot do
+    assert done.returncode == 1 and done.stderr.startswith(taken if supported else refused)
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("build", "python", "stamp", "message"),
     [
         ("rocm", "", None, "error: BUILD=rocm: expected cpu or cuda"),
-        ("cpu", "/no/such/python", None, "error: PYTHON=/no/such/python does not run or is older than 3.11"),
+        ("cpu", "/no/such/python", None, "error: PYTHON=/no/such/python does not run or is not Python 3.11 or 3.12"),
         ("cuda", "", ".installed-cpu", "holds the cpu build and BUILD=cuda was asked for: run 'make clean-venv' first"),
     ],
     ids=["unknown build", "bad python", "other build installed"],
