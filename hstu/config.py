@@ -299,6 +299,8 @@ class OptimConfig:
 
     lr: float = 1e-3
     """Learning rate after the warm-up."""
+    table_lr: float | None = None
+    """Learning rate of embedding tables, with the same schedule; None: ``lr``."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     """Decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -323,6 +325,7 @@ class OptimConfig:
         _check(self.lr > 0, "optim.lr", self.lr, "> 0")
         _check(self.eps > 0, "optim.eps", self.eps, "> 0")
         _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        _check(self.table_lr is None or self.table_lr > 0, "optim.table_lr", self.table_lr, "> 0 or null")
         decay = self.table_weight_decay
         _check(decay is None or decay >= 0, "optim.table_weight_decay", decay, ">= 0 or null")
         _check(0 <= self.min_lr_fraction <= 1, "optim.min_lr_fraction", self.min_lr_fraction, "in [0, 1]")

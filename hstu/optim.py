@@ -13,19 +13,21 @@ from hstu.config import OptimConfig
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over all parameters; weight decay on those of rank 2 and more, as usual. Fused where torch offers it.
 
-    Embedding tables (what the model's ``tables()`` holds) have a decay of their own where the config gives one.
+    Embedding tables (what the model's ``tables()`` holds) have a decay and a rate of their own where the config gives
+    them; each group's ``lr_factor`` is its rate as a multiple of ``config.lr``.
     """
     tables = {id(p) for module in getattr(model, "tables", list)() for p in module.parameters()}
     rest = [p for p in model.parameters() if id(p) not in tables]
     embeddings = [p for p in model.parameters() if id(p) in tables]
     decay = config.weight_decay
     table_decay = decay if config.table_weight_decay is None else config.table_weight_decay
-    if table_decay == decay:
+    factor = 1.0 if config.table_lr is None else config.table_lr / config.lr
+    if table_decay == decay and factor == 1.0:
         rest, embeddings = list(model.parameters()), []
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        {"params": embeddings, "weight_decay": table_decay},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay, "lr_factor": 1.0},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": embeddings, "weight_decay": table_decay, "lr_factor": factor},
     ]
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
@@ -44,8 +46,9 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of every group: ``rate`` times its ``lr_factor``."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)  # a checkpoint of an earlier release has none
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
