@@ -399,5 +399,6 @@ def aot_cases() -> list[AotCase]:
         ("books bfloat16", _aot(4, 16, 61, low, True), needs),
         ("4x128 S=4096 bfloat16", _aot(4, 128, 4096, low, True), needs),
         ("4x128 S=4096 bfloat16, no bias", _aot(4, 128, 4096, low, False), needs),
+        ("4x128 S=4096 bfloat16, ordered", _aot(4, 128, 4096, low, True, deterministic=True)),
         ("ml-1m float32, ordered", _aot(1, 50, 211, torch.float32, True, deterministic=True)),
     ]

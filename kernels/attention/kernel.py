@@ -155,10 +155,16 @@ def rows_configs(problem: Problem) -> list[Config]:
     return [config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=128, BLOCK_N=32)]
 
 
-def rows_bwd_configs(problem: Problem) -> list[Config]:
-    """The same walk backward: smaller tiles, the tables' gradients need registers."""
+def rows_bwd_configs(problem: Problem, deterministic: bool = False) -> list[Config]:
+    """The same walk backward: smaller tiles, the tables' gradients need registers.
+
+    deterministic: tiles of 32 rows, which take the smaller matrix instructions; Triton 3.7.1 cannot compile the
+    persistent loop around tcgen05 (sm_100), and spills around wgmma.
+    """
     if interpreting() or problem.q.dtype == torch.float32:
         return rows_configs(problem)
+    if deterministic:
+        return [config(8, 2, BLOCK_M=32, BLOCK_N=32), config(4, 2, BLOCK_M=32, BLOCK_N=32)]
     width = problem.block_width()
     small, large = config(8, 2, BLOCK_M=64, BLOCK_N=32), config(8, 2, BLOCK_M=128, BLOCK_N=32)
     return [small, large, config(4, 2, BLOCK_M=64, BLOCK_N=32)] if width <= 128 else [small]
@@ -222,7 +228,7 @@ def _launch_rows(problem: Problem, grad: Tensor | None, deterministic: bool) -> 
         return out, tables
 
     name = "attention_fwd" if grad is None else "attention_bwd_q"
-    configs = rows_configs(problem) if grad is None else rows_bwd_configs(problem)
+    configs = rows_configs(problem) if grad is None else rows_bwd_configs(problem, deterministic)
     return select(name, (*problem.key(), deterministic), configs, launch)
 
 
