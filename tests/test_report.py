@@ -251,11 +251,11 @@ def test_a_baseline_is_named_in_the_table():
 
 def test_timing_and_provenance_blocks():
     rows = [{"size": "B=32", "ms": 1.5}, {"size": "B=64", "ms": 12345.678}]
-    scoring = make_record("attention", kind="scoring", metrics={}, timing={"rows": rows}, seeds=[])
+    scoring = make_record("attention", kind="preparation", metrics={}, timing={"rows": rows}, seeds=[])
     records = [("2026-01-31-small-hstu.json", make_record()), ("2026-01-31-attention.json", scoring)]
     timing = readme.readme_block("timing", records)
     assert "| small-hstu | training | 0.5 |" in timing
-    assert "| attention | scoring | B=64 | 12,346 |" in timing
+    assert "| attention | preparation | B=64 | 12,346 |" in timing
     provenance = readme.readme_block("provenance", records)
     assert "| [attention](benchmarks/results/2026-01-31-attention.json) | Some CPU, 2 cores, 16 GiB |" in provenance
     assert "| 3.11.1, 2.13.0 | 0123456789 | abc |" in provenance

@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_left_for_the_next_call(tmp_path):
     config = GpuReportConfig(out=str(tmp_path), device="cpu", toy=True)
     gpu_report.run_part("bench-attention", config, deadline=0.0)
     first = gpu_report.read_part(tmp_path, "bench-attention")
-    assert first["status"] == "partial" and "6 left for the next call" in first["text"]
+    assert first["status"] == "partial" and "9 left for the next call" in first["text"]
     assert "not finished: bench-attention" in gpu_report.summary(tmp_path, ["bench-attention"])
     gpu_report.run_part("bench-attention", config, deadline=1e18)
     assert gpu_report.read_part(tmp_path, "bench-attention")["status"] == "done"
