@@ -320,6 +320,9 @@ class OptimConfig:
     """Global gradient norm limit; None: no clipping."""
     accumulate_steps: int = 1
     """Batches per optimizer step."""
+    average_decay: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.998; evaluation and the best checkpoint then
+    use the average. None: the weights themselves."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", self.lr, "> 0")
@@ -335,6 +338,8 @@ class OptimConfig:
         _check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
         _check(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "> 0 or null")
         _check(self.accumulate_steps >= 1, "optim.accumulate_steps", self.accumulate_steps, ">= 1")
+        average = self.average_decay
+        _check(average is None or 0 < average < 1, "optim.average_decay", average, "in (0, 1) or null")
 
 
 @dataclass

@@ -1,8 +1,11 @@
-"""AdamW, its schedule as a function of the step, and the check for non-finite gradients."""
+"""AdamW, its schedule as a function of the step, the average of weights, and the check for non-finite gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,49 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     ]
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters, to be evaluated and kept in place of the last ones.
+
+    After t updates the decay is ``min(decay, (1 + t) / (10 + t))``, so that the initial weights are soon forgotten.
+
+    Source: Polyak and Juditsky 1992; the ramp as in TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.num_updates = model, decay, 0
+        self.values = [p.detach().clone() for p in model.parameters()]
+
+    def update(self) -> None:
+        """Takes in the parameters as they are now."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.model.parameters()], 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged parameters."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, value in zip(self.model.parameters(), self.values, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates = state["num_updates"]
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

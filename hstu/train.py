@@ -9,6 +9,7 @@ published row. Repeating the command with the same run.dir resumes. Sweeps: add 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -30,7 +31,7 @@ from hstu.data.batches import Prefetcher
 from hstu.errors import UserError
 from hstu.evaluate import run_device
 from hstu.loggers import MetricsFile, make_loggers
-from hstu.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
+from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
 from hstu.problem import make_problem
 from hstu.progress import Display
 from hstu.runs import describe, load_run, lock_folder, open_store, run_folder
@@ -107,6 +108,8 @@ class Trainer:
             raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
         self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
         self.optimizer = make_optimizer(self.model, config.optim)
+        decay = config.optim.average_decay
+        self.average = None if decay is None else WeightAverage(self.model, decay)
         run = config.run
         self.total_steps = run.epochs * self._num_steps(0)
         self.progress = Progress()
@@ -149,6 +152,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": dataclasses.asdict(self.progress),
             "rng": rng,
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def _save(self) -> None:
@@ -162,6 +166,8 @@ class Trainer:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if "cuda" in state["rng"]:
@@ -235,6 +241,8 @@ class Trainer:
             clip_gradients(self.model, norm, self.config.optim.clip_norm)
         set_learning_rate(self.optimizer, self._rate())
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         return total
 
     def _rate(self) -> float:
@@ -320,6 +328,11 @@ class Trainer:
         return limit is not None and self.progress.evals_since_best >= limit
 
     def _validate(self, epoch_loss: float) -> None:
+        """Evaluates the weights, or their average where the config asks for one; keeps them if they are the best."""
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            self._validate_weights(epoch_loss)
+
+    def _validate_weights(self, epoch_loss: float) -> None:
         progress, started = self.progress, time.perf_counter()
         values = self.problem.validate()
         name = self.config.run.select_metric
@@ -336,7 +349,7 @@ class Trainer:
         shown = [n for n in dict.fromkeys([name, *self.problem.shown]) if n in values]
         self.display.validation(progress.epoch, epoch_loss, part, {n: values[n] for n in shown}, improved, saved)
         if improved:
-            checkpoint.save_best(self.checkpoints, self._state())
+            checkpoint.save_best(self.checkpoints, {**self._state(), "average": None})
 
 
 def train(config: Config, display: Display | None = None) -> Path:

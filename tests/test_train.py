@@ -33,6 +33,7 @@ from hstu.config import (
 )
 from hstu.errors import UserError
 from hstu.nonfinite import first_non_finite
+from hstu.optim import WeightAverage
 from hstu.results import expand_runs, show_results
 from hstu.runs import load_run, lock_folder
 from hstu.train import Interrupted, Trainer, run_command, train
@@ -105,6 +106,42 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
     assert result["selected_by"] == "ndcg@10 on validation" and 0 <= result["test"]["hr@10"] <= 1
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["split_hash"] and environment["versions"]["torch"]
+
+
+def test_the_average_of_the_weights_is_evaluated_kept_and_resumed(tmp_path):
+    optim = OptimConfig(lr=3e-3, average_decay=0.9)
+    whole = train(make_config(tmp_path, "whole", optim=optim))
+    half = make_config(tmp_path, "half", optim=optim, run_epochs=1)
+    train(half)
+    for name in ("result.json", "evaluation.json"):
+        (tmp_path / "half" / name).unlink()
+    resumed = train(make_config(tmp_path, "half", optim=optim))
+    a, b = final_state(whole)["average"], final_state(resumed)["average"]
+    assert a["num_updates"] == b["num_updates"] > 0
+    assert all(torch.equal(x, y) for x, y in zip(a["values"], b["values"], strict=True))
+    best, last = checkpoint.load(whole / "checkpoints" / checkpoint.BEST), final_state(whole)
+    progress = last["progress"]
+    assert progress["best_epoch"] == progress["epoch"]  # so that both are of the same step
+    averages = dict(zip((n for n, _ in load_run(whole)[2].named_parameters()), a["values"], strict=True))
+    for name, value in averages.items():
+        assert torch.equal(best["model"][name], value), name
+        assert not torch.equal(last["model"][name], value), name
+
+
+def test_average_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    average = WeightAverage(model, decay=0.5)
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update()
+    first = 0.0 * 2 / 11 + 1.0 * 9 / 11  # (1 + 1) / (10 + 1) is the first decay, (1 + 2) / (10 + 2) the second
+    expected = first * 3 / 12 + 2.0 * 9 / 12
+    with average.applied():
+        assert float(model.weight) == pytest.approx(expected, rel=1e-6)
+    assert float(model.weight) == 2.0
 
 
 def test_load_run_gives_the_best_model(finished):
