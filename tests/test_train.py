@@ -32,8 +32,9 @@ from hstu.config import (
     to_dict,
 )
 from hstu.errors import UserError
+from hstu.model.retrieval import RetrievalModel
 from hstu.nonfinite import first_non_finite
-from hstu.optim import WeightAverage
+from hstu.optim import WeightAverage, make_optimizer, set_learning_rate
 from hstu.results import expand_runs, show_results
 from hstu.runs import load_run, lock_folder
 from hstu.train import Interrupted, Trainer, run_command, train
@@ -110,22 +111,28 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
 
 def test_the_average_of_the_weights_is_evaluated_kept_and_resumed(tmp_path):
     optim = OptimConfig(lr=3e-3, average_decay=0.9)
-    whole = train(make_config(tmp_path, "whole", optim=optim))
-    half = make_config(tmp_path, "half", optim=optim, run_epochs=1)
-    train(half)
-    for name in ("result.json", "evaluation.json"):
-        (tmp_path / "half" / name).unlink()
-    resumed = train(make_config(tmp_path, "half", optim=optim))
-    a, b = final_state(whole)["average"], final_state(resumed)["average"]
-    assert a["num_updates"] == b["num_updates"] > 0
-    assert all(torch.equal(x, y) for x, y in zip(a["values"], b["values"], strict=True))
-    best, last = checkpoint.load(whole / "checkpoints" / checkpoint.BEST), final_state(whole)
-    progress = last["progress"]
-    assert progress["best_epoch"] == progress["epoch"]  # so that both are of the same step
-    averages = dict(zip((n for n, _ in load_run(whole)[2].named_parameters()), a["values"], strict=True))
-    for name, value in averages.items():
+    half = train(make_config(tmp_path, "half", optim=optim, run_epochs=1))
+    best, last = checkpoint.load(half / "checkpoints" / checkpoint.BEST), final_state(half)
+    names = [name for name, _ in load_run(half)[2].named_parameters()]
+    for name, value in zip(names, last["average"]["values"], strict=True):
         assert torch.equal(best["model"][name], value), name
         assert not torch.equal(last["model"][name], value), name
+    resumed = train(make_config(tmp_path, "half", optim=optim))
+    whole = train(make_config(tmp_path, "whole", optim=optim))
+    a, b = final_state(whole)["average"], final_state(resumed)["average"]
+    assert a["num_updates"] == b["num_updates"] > last["average"]["num_updates"]
+    assert all(torch.equal(x, y) for x, y in zip(a["values"], b["values"], strict=True))
+
+
+def test_tables_have_a_rate_and_a_decay_of_their_own():
+    model = RetrievalModel(HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8, max_len=5), num_items=7)
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1, table_lr=0.02, weight_decay=0.3, table_weight_decay=4.0))
+    set_learning_rate(optimizer, 0.05)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(found) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        decay = 4.0 if name == "table.weight" else 0.3 if parameter.dim() >= 2 else 0.0
+        assert found[id(parameter)] == pytest.approx((0.01 if name == "table.weight" else 0.05, decay)), name
 
 
 def test_average_by_hand():
