@@ -260,7 +260,58 @@ class TransformerConfig:
         _check(self.dim % (2 * self.num_heads) == 0, "model.dim", self.dim, "a multiple of 2 * num_heads (rotary)")
 
 
-def _check_model(m: HSTUConfig | SASRecConfig | TransformerConfig) -> None:
+@dataclass
+class FuXiLinearConfig:
+    """FuXi-Linear (Ye et al. 2026, PROTOCOL section 3)."""
+
+    name: str = "fuxi_linear"
+    """Picks this dataclass; set by the YAML file."""
+    dim: int = 64
+    """Model width (D), also of the item embeddings."""
+    num_blocks: int = 2
+    """Layers."""
+    num_heads: int = 2
+    """Heads of the semantic mixer (H); their values share D."""
+    qk_dim: int = 32
+    """Query/key width per head (A)."""
+    ffn_dim: int = 64
+    """Width of the feed-forward part."""
+    dropout: float = 0.2
+    """On the input embeddings and before both stages of the feed-forward part."""
+    num_periods: int = 8
+    """Periods of the temporal mixer, which has a head of sines and one of cosines for each."""
+    first_period_s: int = 1
+    """Shortest period, s."""
+    period_ratio: int = 16
+    """Each period over the one before."""
+    request_time: bool = True
+    """True: gaps are ts[i+1] - ts[j], the model knows when the predicted event happens (published).
+    False: gaps are ts[i] - ts[j]."""
+    position_dim: int = 32
+    """Width of the position vectors whose products are the weights of the positional mixer."""
+    chunk_size: int = 64
+    """Events per chunk of the linear form. Changes speed and memory, results by rounding only."""
+    max_len: int = 200
+    """Most recent events that are the model's input."""
+    extra_slots: int = 11
+    """Positions beyond max_len that have vectors (published: 11)."""
+    l2_normalize: bool = True
+    """L2-normalise outputs and item embeddings before the dot product."""
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+        _check(self.dim % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of dim={self.dim}")
+        for name in ("num_periods", "first_period_s", "period_ratio", "chunk_size"):
+            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), ">= 1")
+        heads = 2 * self.num_periods
+        _check(self.dim % heads == 0, "model.num_periods", self.num_periods, f"half of a divisor of dim={self.dim}")
+        even = self.position_dim >= 2 and self.position_dim % 2 == 0
+        _check(even, "model.position_dim", self.position_dim, "an even number >= 2 (sines and cosines)")
+        longest = self.first_period_s * self.period_ratio ** (self.num_periods - 1)
+        _check(longest < 2**62, "model.period_ratio", self.period_ratio, "a longest period below 2^62 s")
+
+
+def _check_model(m: HSTUConfig | SASRecConfig | TransformerConfig | FuXiLinearConfig) -> None:
     sizes = ("dim", "num_blocks", "num_heads", "max_len", "qk_dim", "v_dim", "ffn_dim", "extra_slots")
     for name in sizes:
         value = getattr(m, name, 1)
@@ -480,8 +531,10 @@ class PublishedConfig:
     """Metric name -> published value."""
 
 
-ModelConfig = HSTUConfig | SASRecConfig | TransformerConfig
-MODELS: dict[str, type] = {"hstu": HSTUConfig, "sasrec": SASRecConfig, "transformer": TransformerConfig}
+ModelConfig = HSTUConfig | SASRecConfig | TransformerConfig | FuXiLinearConfig
+MODELS: dict[str, type] = {
+    "hstu": HSTUConfig, "sasrec": SASRecConfig, "transformer": TransformerConfig, "fuxi_linear": FuXiLinearConfig,
+}  # fmt: skip
 
 
 @dataclass

@@ -23,6 +23,7 @@ SECTIONS = {
     "BiasConfig": ("model.bias.", "model.bias (hstu)"),
     "SASRecConfig": ("model.", "model: sasrec"),
     "TransformerConfig": ("model.", "model: transformer"),
+    "FuXiLinearConfig": ("model.", "model: fuxi_linear"),
     "LossConfig": ("loss.", "loss"),
     "OptimConfig": ("optim.", "optim"),
     "RunConfig": ("run.", "run"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.errors import UserError
-from hstu.model.encoder import HSTUEncoder, Layout
+from hstu.model.encoder import Encoder, HSTUEncoder, Layout
 from hstu.model.layer import LayerCache
 from kernels.attention import AttentionPlan
 
@@ -88,11 +88,10 @@ def _grown(x: Tensor, rows: int, used: int) -> Tensor:
     return larger
 
 
-def why_not_cached(encoder: nn.Module) -> str | None:
+def why_not_cached(encoder: Encoder) -> str | None:
     """Why keys and values of the encoder's tokens cannot be kept; None where they can."""
     if not isinstance(encoder, HSTUEncoder):
-        name = type(encoder).__name__.removesuffix("Encoder").lower()
-        return f"model.name={name}: only hstu models keep keys and values of a history"
+        return f"model.name={encoder.name}: only hstu models keep keys and values of a history"
     if any(layer.divisor == "max_len" for layer in encoder.layers):
         return "model.divisor=max_len: outputs depend on the batch, so they cannot be cached; " \
                "train with padded or row_count"  # fmt: skip
@@ -110,7 +109,7 @@ class CachedEncoder:
     Raises UserError for an encoder that keeps no keys and values, or whose outputs depend on the batch.
     """
 
-    def __init__(self, encoder: nn.Module, version: str, contextual: int = 0) -> None:
+    def __init__(self, encoder: Encoder, version: str, contextual: int = 0) -> None:
         reason = why_not_cached(encoder)
         if reason is not None:
             raise UserError(reason)

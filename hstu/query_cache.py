@@ -69,5 +69,5 @@ def _shared(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) 
 
 def can_cache(model: RetrievalModel) -> bool:
     """Whether the model's histories can be kept and added to: HSTU whose events see earlier ones only, with outputs
-    that do not depend on the batch. SASRec, Transformer, ``model.divisor=max_len`` and ``model.full_rows``: no."""
+    that do not depend on the batch. Other encoders, ``model.divisor=max_len`` and ``model.full_rows``: no."""
     return why_not_cached(model.encoder) is None and CachedEncoder(model.encoder, "").appends

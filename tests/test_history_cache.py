@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from hstu.config import BiasConfig, HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.config import BiasConfig, FuXiLinearConfig, HSTUConfig, SASRecConfig, TransformerConfig
 from hstu.errors import UserError
 from hstu.history_cache import SPARE_ROWS, CachedEncoder, CacheStore, model_version
 from hstu.model.encoder import Layout, make_encoder
@@ -165,9 +165,10 @@ def test_appending_needs_that_earlier_tokens_do_not_see_later_ones(changes, cont
     [
         (SASRecConfig(dim=8), r"^model.name=sasrec: only hstu models keep keys and values of a history$"),
         (TransformerConfig(dim=8), r"^model.name=transformer: only hstu models keep keys and values of a history$"),
+        (FuXiLinearConfig(dim=16), r"^model.name=fuxi_linear: only hstu models keep keys and values of a history$"),
         (dataclasses.replace(CONFIG, divisor="max_len"), r"^model.divisor=max_len: outputs depend on the batch"),
     ],
-    ids=["sasrec", "transformer", "max_len"],
+    ids=["sasrec", "transformer", "fuxi_linear", "max_len"],
 )
 def test_encoders_that_cannot_be_cached(config, message):
     with pytest.raises(UserError, match=message) as raised:

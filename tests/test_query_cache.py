@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hstu.config import BiasConfig, SASRecConfig, TransformerConfig
+from hstu.config import BiasConfig, FuXiLinearConfig, SASRecConfig, TransformerConfig
 from hstu.errors import UserError
 from hstu.recommend import Recommender
 from tests.serving import NUM_ITEMS, small_config, small_model, small_store
@@ -119,10 +119,11 @@ def test_the_limit_of_memory(store):
     [
         SASRecConfig(dim=8, num_blocks=1, num_heads=1, ffn_dim=8, max_len=10),
         TransformerConfig(dim=8, num_blocks=1, num_heads=1, ffn_dim=8, max_len=10),
+        FuXiLinearConfig(dim=16, num_blocks=1, num_heads=1, ffn_dim=8, max_len=10),
         dataclasses.replace(small_config().model, divisor="max_len"),
         dataclasses.replace(small_config().model, window=3, full_rows=2),
     ],
-    ids=["sasrec", "transformer", "max_len", "semi-local"],
+    ids=["sasrec", "transformer", "fuxi_linear", "max_len", "semi-local"],
 )
 def test_other_models_take_the_plain_way(store, model):
     config = dataclasses.replace(small_config(), model=model)

@@ -56,6 +56,9 @@ class Layout:
 class Encoder(nn.Module):
     """What every encoder is: a plan from the batch alone, and a map from token embeddings to outputs."""
 
+    name: str
+    """``model.name`` that picks it."""
+
     def plan(self, batch: Batch) -> AttentionPlan:
         """Plan of a batch whose tokens are its events."""
         return self.plan_tokens(Layout(batch.offsets, batch.max_len, batch.timestamps, batch.request_times))
@@ -92,6 +95,8 @@ class InputStage(nn.Module):
 
 class HSTUEncoder(Encoder):
     """Hierarchical sequential transduction unit layers (Zhai et al. 2024); no norm after the last one."""
+
+    name = "hstu"
 
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
@@ -132,8 +137,12 @@ class HSTUEncoder(Encoder):
 
 def make_encoder(config: ModelConfig) -> Encoder:
     """The encoder that ``config.name`` names."""
+    from hstu.model.fuxi_linear import FuXiLinearEncoder
     from hstu.model.sasrec import SASRecEncoder
     from hstu.model.transformer import TransformerEncoder
 
-    encoders: dict[str, type] = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
+    encoders: dict[str, type] = {
+        "hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder,
+        "fuxi_linear": FuXiLinearEncoder,
+    }  # fmt: skip
     return encoders[config.name](config)  # type: ignore[no-any-return]

@@ -53,6 +53,8 @@ class SASRecBlock(nn.Module):
 class SASRecEncoder(Encoder):
     """SASRec blocks over the input stage; no norm after the last one."""
 
+    name = "sasrec"
+
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__()
         positions = torch.empty(config.max_len + config.extra_slots, config.dim)

@@ -66,6 +66,8 @@ class TransformerBlock(nn.Module):
 class TransformerEncoder(Encoder):
     """Pre-norm blocks and a final norm; positions enter by rotation only."""
 
+    name = "transformer"
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.dropout = config.dropout

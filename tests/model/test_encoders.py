@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from hstu.config import BiasConfig, HSTUConfig, LossConfig, SASRecConfig, TransformerConfig
+from hstu.config import BiasConfig, FuXiLinearConfig, HSTUConfig, LossConfig, SASRecConfig, TransformerConfig
 from hstu.data.batches import Batch
 from hstu.model.retrieval import RetrievalModel
 from hstu.model.softmax_attention import _padded, causal_softmax_attention
@@ -21,6 +21,9 @@ CONFIGS = {
     "hstu-power-law": HSTUConfig(dim=8, qk_dim=4, v_dim=4, max_len=20, bias=BiasConfig(time_kind="power_law")),
     "sasrec": SASRecConfig(dim=8, num_heads=2, ffn_dim=12, max_len=20),
     "transformer": TransformerConfig(dim=8, num_heads=2, ffn_dim=12, max_len=20),
+    "fuxi_linear": FuXiLinearConfig(
+        dim=16, num_heads=2, qk_dim=4, ffn_dim=12, position_dim=4, chunk_size=6, max_len=20
+    ),
 }
 
 

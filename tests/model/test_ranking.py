@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hstu.config import HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.config import FuXiLinearConfig, HSTUConfig, SASRecConfig, TransformerConfig
 from hstu.config_ranking import HeadConfig, TaskConfig
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import gather, make_features, target_sequences
@@ -29,6 +29,9 @@ ENCODERS = {
     "hstu": HSTUConfig(dim=8, num_blocks=2, num_heads=2, qk_dim=4, v_dim=4, max_len=12, dropout=0.1),
     "transformer": TransformerConfig(dim=8, num_blocks=2, num_heads=2, ffn_dim=8, max_len=12, dropout=0.1),
     "sasrec": SASRecConfig(dim=8, num_blocks=2, num_heads=2, ffn_dim=8, max_len=12, dropout=0.1),
+    "fuxi_linear": FuXiLinearConfig(
+        dim=8, num_blocks=2, num_heads=2, qk_dim=4, ffn_dim=8, num_periods=4, max_len=12, dropout=0.1
+    ),
 }
 
 
@@ -80,7 +83,7 @@ def flipped(store, path, rows):
 # No leak
 
 
-@pytest.mark.parametrize("encoder", ["hstu", "transformer", "sasrec"])
+@pytest.mark.parametrize("encoder", ["hstu", "transformer", "sasrec", "fuxi_linear"])
 def test_interleaved_an_action_changes_later_predictions_only(store, tmp_path, encoder):
     config, data, model = make_model(store, encoder=encoder)
     before = predictions(model, batch_of(config, data))
@@ -146,7 +149,7 @@ def test_other_users_features_change_nothing(store, form):
     assert changed(before, after) == set(range(6, 15))
 
 
-@pytest.mark.parametrize("encoder", ["hstu", "transformer", "sasrec"])
+@pytest.mark.parametrize("encoder", ["hstu", "transformer", "sasrec", "fuxi_linear"])
 def test_interleaved_predictions_do_not_depend_on_later_events(store, encoder):
     config, data, model = make_model(store, encoder=encoder)
     whole = predictions(model, batch_of(config, data))
