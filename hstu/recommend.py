@@ -149,7 +149,7 @@ class Recommender:
 
     Encoded histories are kept (:class:`hstu.query_cache.QueryCache`), so that a repeated or grown one costs only what
     is new; scores then agree with a pass over everything to the noise of the dtype. Models that cannot do this
-    (encoders other than HSTU, ``model.divisor=max_len``, ``model.full_rows``) take that pass. The batch form always does.
+    (other encoders, ``model.divisor=max_len``, ``model.full_rows``) take that pass. The batch form always does.
 
     Args:
         config, store: of the run.

@@ -142,7 +142,7 @@ class FuXiLinearBlock(nn.Module):
         values = nn.init.uniform_(torch.empty(dim, 2 * dim), -1 / math.sqrt(dim), 1 / math.sqrt(dim))
         gated = torch.randn(dim, self.silu_columns[1]) * INIT_STD
         self.projection = nn.Parameter(torch.cat([gated, values], dim=1))
-        """[D, 6D + 2 H A]: u (3D), q, k, v through SiLU; the values of the temporal and the positional mixer, linear."""
+        """[D, 6D + 2 H A]: u (3D), q, k, v through SiLU; temporal and positional values, linear."""
         self.decay = nn.Parameter(torch.randn(config.num_heads) * INIT_STD)
         self.position = nn.Parameter(sinusoids(config.max_len + config.extra_slots, config.position_dim))
         self.position_scale = nn.Parameter(torch.randn(1) * INIT_STD)
