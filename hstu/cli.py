@@ -51,6 +51,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="prepare_schema", node={"data": config.DataConfig})
     store.store(name="schema", node={"experiment": "synthetic", "seed": 0, "seeds": None, "variants": {}, **sections})
+    store.store(name="mixture_schema", node=config.MixtureConfig)  # first in every conf/model/*.yaml
     # First in every conf/ranking/*.yaml. No member of the group, so that ``ranking=`` stays an option elsewhere.
     store.store(name="ranking_schema", node=config.RankingConfig)
 

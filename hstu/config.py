@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hstu.config_ranking import RankingConfig
+from hstu.config_similarity import SIMILARITIES, MixtureConfig
 from hstu.errors import UserError
 from hstu.errors import check as _check
 from hstu.errors import one_of as _one_of
@@ -195,6 +196,9 @@ class HSTUConfig:
     """With a window: a user's last so many events see everything (semi-local attention)."""
     l2_normalize: bool = True
     """L2-normalise outputs and item embeddings before the dot product."""
+    similarity: str = "dot"
+    """Between outputs and items: dot, or mixture_of_logits (``model.mixture``)."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -226,6 +230,9 @@ class SASRecConfig:
     """Padded width N = max_len + extra_slots."""
     l2_normalize: bool = True
     """L2-normalise outputs and item embeddings before the dot product."""
+    similarity: str = "dot"
+    """Between outputs and items: dot, or mixture_of_logits (``model.mixture``)."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -254,6 +261,9 @@ class TransformerConfig:
     """Most recent events that are the model's input."""
     l2_normalize: bool = True
     """L2-normalise outputs and item embeddings before the dot product."""
+    similarity: str = "dot"
+    """Between outputs and items: dot, or mixture_of_logits (``model.mixture``)."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -297,6 +307,9 @@ class FuXiLinearConfig:
     """Positions beyond max_len that have vectors (published: 11)."""
     l2_normalize: bool = True
     """L2-normalise outputs and item embeddings before the dot product."""
+    similarity: str = "dot"
+    """Between outputs and items: dot, or mixture_of_logits (``model.mixture``)."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -317,6 +330,10 @@ def _check_model(m: HSTUConfig | SASRecConfig | TransformerConfig | FuXiLinearCo
         value = getattr(m, name, 1)
         _check(value >= 1, f"model.{name}", value, ">= 1")
     _check(0.0 <= m.dropout < 1.0, "model.dropout", m.dropout, "in [0, 1)")
+    _one_of("model.similarity", m.similarity, SIMILARITIES)
+    learned = m.similarity == "mixture_of_logits"
+    _check(not learned or not m.l2_normalize, "model.l2_normalize", m.l2_normalize,
+           "false with model.similarity=mixture_of_logits, which layer-normalises outputs")  # fmt: skip
 
 
 @dataclass
@@ -525,6 +542,8 @@ class PublishedConfig:
     """``data.name`` it was measured on; shown only beside runs on it."""
     model: str = ""
     """``model.name`` it was measured with; shown only beside that model."""
+    similarity: str = "dot"
+    """``model.similarity`` it was measured with; shown only beside that similarity."""
     protocol: str = "reference"
     """Protocol it was made by: reference or stable."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -561,15 +580,24 @@ class Config:
     ranking: RankingConfig | None = None
     """Tasks, actions and features of a ranking model; None: retrieval."""
 
+    def __post_init__(self) -> None:
+        if self.model.similarity == "mixture_of_logits":
+            beside = "with model.similarity=mixture_of_logits"
+            _check(self.ranking is None, "ranking", "a ranking model", f"none {beside}, which retrieves items")
+            _check(self.loss.name == "sampled_softmax", "loss.name", self.loss.name, f"sampled_softmax {beside}")
+            _check(self.loss.temperature == 1.0, "loss.temperature", self.loss.temperature,
+                   f"1 {beside}, whose own model.mixture.temperature divides the logits")  # fmt: skip
+
 
 def published_row(config: Config) -> PublishedConfig | None:
     """The published row where it can be compared with a run of ``config``, else None.
 
-    Comparable: the same data set, protocol and model, the last event held out, seen items of the model's input
-    removed from the ranking.
+    Comparable: the same data set, protocol, model and similarity, the last event held out, seen items of the model's
+    input removed from the ranking.
     """
     row, data = config.published, config.data
-    same = (row.dataset, row.model, row.protocol) == (data.name, config.model.name, data.protocol)
+    ours = (data.name, config.model.name, config.model.similarity, data.protocol)
+    same = (row.dataset, row.model, row.similarity, row.protocol) == ours
     usual = data.split == "leave-last-out" and config.eval.filter_history == "truncated"
     return row if row.metrics and same and usual else None
 

@@ -24,6 +24,7 @@ SECTIONS = {
     "SASRecConfig": ("model.", "model: sasrec"),
     "TransformerConfig": ("model.", "model: transformer"),
     "FuXiLinearConfig": ("model.", "model: fuxi_linear"),
+    "MixtureConfig": ("model.mixture.", "model.mixture (every model)"),
     "LossConfig": ("loss.", "loss"),
     "OptimConfig": ("optim.", "optim"),
     "RunConfig": ("run.", "run"),
@@ -126,7 +127,10 @@ def choices(conf: Path) -> list[str]:
 
 def render(root: Path = ROOT) -> str:
     """The whole text of docs/config.md."""
-    sources = [(root / "hstu" / name).read_text(encoding="utf-8") for name in ("config.py", "config_ranking.py")]
+    sources = [
+        (root / "hstu" / name).read_text(encoding="utf-8")
+        for name in ("config.py", "config_similarity.py", "config_ranking.py")
+    ]
     classes = {name: found for source in sources for name, found in read_classes(source).items()}
     missing = [name for name in classes if name not in SECTIONS]
     if missing:

@@ -32,6 +32,10 @@ class ItemTable(nn.Module, ABC):
     l2_normalize: bool
     """Queries and embeddings are L2-normalised before every dot product (not in :meth:`lookup`)."""
 
+    def embeddings(self) -> list[nn.Module]:
+        """Modules whose parameters are embedding tables of ids."""
+        return [self]
+
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of ids [...] int32 or int64, 0..num_items."""

@@ -86,7 +86,7 @@ def evaluate(
         starts, ends = baselines.seen_range(store, kept.users[m], kept.rows[m], config.eval.filter_history, max_len)
         seen_rows, seen_offsets = baselines.expand(starts, ends)
         seen_ids = torch.from_numpy(item_ids[seen_rows].astype(np.int64)).to(device)  # [S]
-        queries = model.last(batch.to(device))  # [B, D]
+        queries = model.last(batch.to(device))  # [B, D], or as the table wants them
         batch_ranks = model.table.rank(
             queries, labels.to(device), seen_ids, torch.from_numpy(seen_offsets).to(device), config.eval.chunk_mib
         )

@@ -36,10 +36,11 @@ class QueryCache:
         """Events that went through the encoder."""
 
     @torch.inference_mode()
-    def query(self, items: np.ndarray, times: np.ndarray, request_time: int) -> Tensor:
-        """Query [1, D] of one user at ``request_time``.
+    def query(self, items: np.ndarray, times: np.ndarray, request_time: int, user: int = -1) -> Tensor:
+        """Query [1, ...] of one user at ``request_time``, as of :meth:`RetrievalModel.queries`.
 
         items, times: [n] int64, the last ``model.max_len`` events at most, oldest first, times in s.
+        user: row of the store; -1: not in it.
         """
         key = int(items[0]), int(times[0])  # what grows keeps its first event; users who share one displace each other
         cache = self.caches.get(key)
@@ -57,7 +58,7 @@ class QueryCache:
         self.num_encoded += len(new_items)
         cache.length -= 1  # the last event's request was a guess
         self.caches.put(key, cache)
-        return self.model.normalized(out[-1:])
+        return self.model.queries(out[-1:], torch.tensor([user], device=device))
 
 
 def _shared(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> int:

@@ -253,7 +253,7 @@ class Recommender:
     def _queries(
         self, items: np.ndarray, times: np.ndarray, offsets: np.ndarray, request_times: np.ndarray, users: np.ndarray
     ) -> torch.Tensor:
-        """Queries [B, D] by a pass over everything.
+        """Queries [B, ...] by a pass over everything.
 
         items, times: [L] whole histories, oldest first; offsets: [B+1]; request_times: [B] s; users: [B].
         """
@@ -276,7 +276,7 @@ class Recommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 [B, k] and item ids int64 [B, k]; id 0 where fewer than k items are left.
 
-        queries: [B, D]; items: [L] whole histories; offsets: [B+1].
+        queries: [B, ...]; items: [L] whole histories; offsets: [B+1].
         """
         seen, seen_offsets = items, offsets
         if filter_history == "truncated":
@@ -341,7 +341,7 @@ class Recommender:
             query = self._queries(items, times, offsets, np.array([request]), np.array([row]))
         else:
             max_len = self.config.model.max_len
-            query = self.queries.query(items[-max_len:], times[-max_len:], request)
+            query = self.queries.query(items[-max_len:], times[-max_len:], request, row)
         scores, ids = self._topk(query, items, offsets, k, chosen)
         found = [
             Item(rank, self._raw(int(i)), self._title(int(i)), float(s))

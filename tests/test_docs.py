@@ -52,7 +52,10 @@ def test_config_reference_names_every_option_with_its_meaning() -> None:
     }
     nested = {
         config.DataConfig: {"columns": config.ColumnsConfig},
-        config.HSTUConfig: {"bias": config.BiasConfig},
+        config.HSTUConfig: {"bias": config.BiasConfig, "mixture": config.MixtureConfig},
+        config.SASRecConfig: {"mixture": config.MixtureConfig},
+        config.TransformerConfig: {"mixture": config.MixtureConfig},
+        config.FuXiLinearConfig: {"mixture": config.MixtureConfig},
         config.RunConfig: {"stochastic_length": config.StochasticLengthConfig},
     }
     check(config.Config, "")

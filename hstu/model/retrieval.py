@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from hstu.config import LossConfig, ModelConfig
 from hstu.data.batches import Batch
-from hstu.embedding import NORM_EPS, LocalItemTable
+from hstu.embedding import NORM_EPS, ItemTable, LocalItemTable
 from hstu.model.encoder import make_encoder
 from hstu.model.losses import make_loss
+from hstu.model.mixture import MixtureTable
 from hstu.seeding import derive
 from kernels.attention import AttentionPlan
 
@@ -20,7 +21,7 @@ DROPOUT_SEED, NEGATIVES_SEED = 1, 2
 
 
 class RetrievalModel(nn.Module):
-    """Predicts the next item at every event: encoder output against item embeddings, by dot product.
+    """Predicts the next item at every event: encoder output against item embeddings, by ``config.similarity``.
 
     Args:
         config: the encoder's config.
@@ -31,21 +32,30 @@ class RetrievalModel(nn.Module):
     def __init__(self, config: ModelConfig, num_items: int, loss: LossConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        self.table = LocalItemTable(num_items, config.dim, l2_normalize=config.l2_normalize)
+        self.table = make_table(config, num_items)
         self.encoder = make_encoder(config)
         self.loss_fn = make_loss(loss) if loss is not None else None
 
     def encode(self, batch: Batch, plan: AttentionPlan | None = None, seed: int | None = None) -> Tensor:
-        """Outputs [L, D] at every event, L2-normalised where the config says so; seed: of the dropout."""
+        """Queries, as of :meth:`queries`, at every event; seed: of the dropout."""
         plan = plan or self.encoder.plan(batch)
-        return self.normalized(self.encoder(self.table.lookup(batch.item_ids), plan, seed))
+        x = self.encoder(self.table.lookup(batch.item_ids), plan, seed)
+        return self.queries(x, batch.users, batch.offsets)
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """Encoder outputs [L, D], L2-normalised where the config says so."""
+    def queries(self, x: Tensor, users: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """What the item table scores with, from encoder outputs x [L, D]: [L, D], L2-normalised where the config says
+        so; of a mixture of logits as :meth:`hstu.model.mixture.MixtureOfLogits.queries` makes them.
+
+        users: int64, rows of the store (-1: not in it), [B] with offsets [B+1], else [L].
+        """
+        if isinstance(self.table, MixtureTable):
+            if offsets is not None:
+                users = users.repeat_interleave(offsets.diff(), output_size=x.shape[0])
+            return self.table.mixture.queries(x, users)
         return nn.functional.normalize(x, dim=-1, eps=NORM_EPS) if self.config.l2_normalize else x
 
     def last(self, batch: Batch) -> Tensor:
-        """Outputs [B, D] at each user's last event, without dropout. No user may be empty."""
+        """Queries [B, ...] at each user's last event, without dropout. No user may be empty."""
         return self.encode(batch).index_select(0, batch.offsets[1:] - 1)
 
     def loss(self, batch: Batch, seed: int, plan: AttentionPlan | None = None) -> Tensor:
@@ -56,9 +66,19 @@ class RetrievalModel(nn.Module):
 
     def tables(self) -> list[nn.Module]:
         """Modules whose parameters are embedding tables of ids."""
-        return [self.table]
+        return self.table.embeddings()
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters: ``total``, and ``without_embeddings`` (everything but the item table)."""
+        """Parameters: ``total``, and ``without_embeddings`` (everything but the tables of ids)."""
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "without_embeddings": total - sum(p.numel() for p in self.table.parameters())}
+        return {
+            "total": total,
+            "without_embeddings": total - sum(p.numel() for table in self.tables() for p in table.parameters()),
+        }
+
+
+def make_table(config: ModelConfig, num_items: int) -> ItemTable:
+    """The item table that ``config.similarity`` picks."""
+    if config.similarity == "mixture_of_logits":
+        return MixtureTable(num_items, config.dim, config.mixture)
+    return LocalItemTable(num_items, config.dim, l2_normalize=config.l2_normalize)

@@ -1,11 +1,12 @@
 """Vectorised torch path of ranking: blocks of users against the whole table, memory bounded.
 
 ``B`` users, ``V`` rows of the table. Inputs are in the compute dtype and already normalised.
+``rank_scored`` and ``topk_scored`` take any scores: a function of a slice of users that gives [rows, V].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from torch import Tensor
 from kernels._common import row_chunks, rows_within
 
 
-def _blocks(queries: Tensor, table: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None,
-            chunk_mib: float) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor]]]:  # fmt: skip
+def _blocks(score: Callable[[slice], Tensor], queries: Tensor, num_rows: int, seen_ids: Tensor | None,
+            seen_offsets: Tensor | None, chunk_mib: float,
+) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor]]]:  # fmt: skip
     """Slice of users, their scores [rows, V], and (row, id) of what they have seen, padding included."""
     # Half of the bound: the comparison needs as much again.
-    for part in row_chunks(queries.shape[0], rows_within(chunk_mib / 2, table.shape[0], table.dtype)):
-        scores = queries[part] @ table.mT  # [rows, V]
+    for part in row_chunks(queries.shape[0], rows_within(chunk_mib / 2, num_rows, queries.dtype)):
+        scores = score(part)  # [rows, V]
         scores[:, 0] = 0.0  # the padding row counts for nothing, whatever it holds
         lowest, highest = torch.aminmax(scores)
         if not bool(lowest.isfinite() & highest.isfinite()):
@@ -36,9 +38,19 @@ def _blocks(queries: Tensor, table: Tensor, seen_ids: Tensor | None, seen_offset
 
 def rank_torch(queries: Tensor, table: Tensor, targets: Tensor, seen_ids: Tensor | None,
                seen_offsets: Tensor | None, chunk_mib: float) -> Tensor:  # fmt: skip
-    """Exact ranks float64 [B]. The target's score is read from the block, so that ties are exact."""
+    """Exact ranks float64 [B] by dot products."""
+    products = lambda part: queries[part] @ table.mT  # noqa: E731
+    return rank_scored(products, queries, table.shape[0], targets, seen_ids, seen_offsets, chunk_mib)
+
+
+def rank_scored(score: Callable[[slice], Tensor], queries: Tensor, num_rows: int, targets: Tensor,
+                seen_ids: Tensor | None, seen_offsets: Tensor | None, chunk_mib: float) -> Tensor:  # fmt: skip
+    """Exact ranks float64 [B]. The target's score is read from the block, so that ties are exact.
+
+    score: slice of users -> scores [rows, V], which are overwritten. num_rows: V. queries: for B, dtype and device.
+    """
     ranks = torch.empty(queries.shape[0], dtype=torch.float64, device=queries.device)
-    for part, scores, hidden in _blocks(queries, table, seen_ids, seen_offsets, chunk_mib):
+    for part, scores, hidden in _blocks(score, queries, num_rows, seen_ids, seen_offsets, chunk_mib):
         column = targets[part].long()[:, None]
         target = scores.gather(1, column)  # [rows, 1]
         scores.index_put_(hidden, scores.new_tensor(-torch.inf))
@@ -56,11 +68,18 @@ def _count(ones: Tensor) -> Tensor:
 
 def topk_torch(queries: Tensor, table: Tensor, k: int, seen_ids: Tensor | None, seen_offsets: Tensor | None,
                chunk_mib: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scores [B, k], ids [B, k] int64, best first; missing ones -inf and 0."""
+    """Scores [B, k], ids [B, k] int64 by dot products."""
+    products = lambda part: queries[part] @ table.mT  # noqa: E731
+    return topk_scored(products, queries, table.shape[0], k, seen_ids, seen_offsets, chunk_mib)
+
+
+def topk_scored(score: Callable[[slice], Tensor], queries: Tensor, num_rows: int, k: int, seen_ids: Tensor | None,
+                seen_offsets: Tensor | None, chunk_mib: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scores [B, k], ids [B, k] int64, best first; missing ones -inf and 0. Arguments as of :func:`rank_scored`."""
     out_scores = queries.new_full((queries.shape[0], k), -torch.inf)
     out_ids = torch.zeros(queries.shape[0], k, dtype=torch.int64, device=queries.device)
-    found = min(k, table.shape[0])
-    for part, scores, hidden in _blocks(queries, table, seen_ids, seen_offsets, chunk_mib):
+    found = min(k, num_rows)
+    for part, scores, hidden in _blocks(score, queries, num_rows, seen_ids, seen_offsets, chunk_mib):
         scores.index_put_(hidden, scores.new_tensor(-torch.inf))
         best, ids = scores.topk(found, dim=1)
         out_scores[part, :found] = best
