@@ -7,10 +7,9 @@ import errno
 import sys
 
 import pytest
-import yaml
 
-from hstu.cli import command, conf_dir, run_hydra
-from hstu.config import MODELS, BiasConfig, from_dictconfig
+from hstu.cli import command, conf_dir, register_schemas, run_hydra
+from hstu.config import MODELS, BiasConfig, MixtureConfig, from_dictconfig
 
 
 @pytest.fixture
@@ -101,7 +100,12 @@ def test_a_place_where_nothing_can_be_written(said, number):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_option_of_a_model_can_be_overridden(name):
-    values = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    from hydra import compose, initialize_config_dir
+
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        values = compose(f"model/{name}").model
     assert set(values) == {f.name for f in dataclasses.fields(MODELS[name])}
+    assert set(values["mixture"]) == {f.name for f in dataclasses.fields(MixtureConfig)}
     if "bias" in values:
         assert set(values["bias"]) == {f.name for f in dataclasses.fields(BiasConfig)}
