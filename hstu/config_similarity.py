@@ -45,8 +45,8 @@ class MixtureConfig:
     """Added to the loss: this times minus the mutual information between positions and logits that carry the weight,
     which keeps all of them in use."""
     chunk_mib: int = 256
-    """What the loss keeps of one block of positions, about; each block is scored again in the backward pass, which needs
-    as much once more."""
+    """What the loss keeps of one block of positions, about; each block is scored again in the backward pass, which
+    needs as much once more."""
 
     def __post_init__(self) -> None:
         for name in ("query_components", "item_components", "dim", "hidden_dim", "gate_dim", "chunk_mib"):
