@@ -336,6 +336,7 @@ def reduce_on_rank(rank, port, folder):
             torch.save(result, f"{folder}/{kind}-{exact}-{rank}.pt")
     nothing = rm.MetricAccumulator("binary") if rank == 0 else fed("binary", True, [slice(None)], random_rows("binary"))
     torch.save(nothing.reduce().compute(), f"{folder}/empty-{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still talks to it can abort at its exit
     dist.destroy_process_group()
 
 
