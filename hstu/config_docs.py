@@ -129,7 +129,7 @@ def render(root: Path = ROOT) -> str:
     """The whole text of docs/config.md."""
     sources = [
         (root / "hstu" / name).read_text(encoding="utf-8")
-        for name in ("config.py", "config_similarity.py", "config_ranking.py")
+        for name in ("config.py", "config_model.py", "config_similarity.py", "config_ranking.py")
     ]
     classes = {name: found for source in sources for name, found in read_classes(source).items()}
     missing = [name for name in classes if name not in SECTIONS]
