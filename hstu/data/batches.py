@@ -43,6 +43,8 @@ class Batch:
         max_len: longest user of the batch.
         weights: [L] float32 or None. Weight of each position in the loss.
         actions: [L] float32 or None. Action value of each input event.
+        random_rows: [L] int64 or None. Where each event stands in the batch of all ranks, by which random numbers are
+            drawn; None: 0..L-1.
     """
 
     offsets: Tensor
@@ -54,6 +56,7 @@ class Batch:
     max_len: int
     weights: Tensor | None = None
     actions: Tensor | None = None
+    random_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the copy does not block where the memory is pinned."""

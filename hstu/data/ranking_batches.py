@@ -78,6 +78,10 @@ class RankingBatch:
         users: [S] int64. User rows of the store; -1: a user outside it.
         item_features: of the L events; user_features: of the S sequences.
         max_len: longest sequence; max_targets: most predicted events of one.
+        random_rows: [tokens] int64 or None. Where each token stands among the tokens of the batch of all ranks, by
+            which random numbers are drawn; None: 0..tokens-1. Tokens as the model lays them out: each sequence's
+            prefix, then its events (interleaved: item and action of each).
+        random_targets: [T] int64 or None. The same for the predicted events.
     """
 
     offsets: Tensor
@@ -93,6 +97,8 @@ class RankingBatch:
     user_features: Features
     max_len: int
     max_targets: int
+    random_rows: Tensor | None = None
+    random_targets: Tensor | None = None
 
     def to(self, device: torch.device) -> RankingBatch:
         """The batch on ``device``."""
