@@ -34,6 +34,8 @@ OPTIONAL = {
     "scikit-learn": ("sklearn", "two baselines of ranking models need it: pip install scikit-learn"),
 }
 """Distribution -> (module, what it is for)."""
+DRIVER_LIBRARY = "libnvidia-ml.so"
+"""Comes with NVIDIA's driver; fbgemm's CUDA build cannot be loaded without it."""
 MIN_CAPABILITY = (8, 0)
 """Compute capability the Triton kernels are compiled and tested for (A100 and later)."""
 
@@ -78,8 +80,8 @@ def try_import(module: str) -> str | None:
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except Exception as error:  # a broken build raises OSError, RuntimeError, AttributeError, ...
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"
+        lines = [(str(e).strip().splitlines() or [""])[0] for e in (error, error.__cause__) if e is not None]
+        return f"{type(error).__name__}: {'; '.join(dict.fromkeys(lines))}"
     return None
 
 
@@ -151,9 +153,16 @@ def check_companions(report: Report, torch_version: str | None) -> None:
         if name == "torchrec" and version is not None and versions["fbgemm"] is None:
             text = f"{version}; without fbgemm it cannot be used: not needed by the local item table"
         report.add(name, text)
-        if failure:
-            broken.append(f"{name} {version} cannot be imported ({failure}): uninstall it (the local path needs none), "
-                          "or make clean-venv and make install")  # fmt: skip
+        if failure and DRIVER_LIBRARY in failure:
+            broken.append(
+                f"{name} {version} is a build for CUDA and finds no NVIDIA driver ({failure}): install the driver, or "
+                "for a machine without a GPU make clean-venv and make install BUILD=cpu"
+            )
+        elif failure:
+            broken.append(
+                f"{name} {version} cannot be imported ({failure}): uninstall it (the local path needs none), or "
+                "make clean-venv and make install"
+            )
     if torch_version:
         row = find_row(torch_version)
         wanted = f"torch {row.torch}: fbgemm {row.fbgemm}, torchrec {row.torchrec}, triton {row.triton}" if row else ""

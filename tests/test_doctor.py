@@ -157,6 +157,21 @@ def test_a_package_that_cannot_be_imported(no_ops: None, monkeypatch: pytest.Mon
     assert any("fbgemm 1.8.0 cannot be imported (OSError: undefined symbol)" in finding for finding in findings)
 
 
+def test_a_cuda_build_without_a_driver(no_ops: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "needs_driver.py").write_text(
+        "try:\n    raise OSError('libnvidia-ml.so.1: cannot open shared object file')\n"
+        "except OSError as error:\n    raise OSError('Could not load this library: x.so') from error\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    failure = doctor.try_import("needs_driver")
+    assert failure is not None and failure.startswith("OSError: Could not load this library: x.so; libnvidia-ml.so.1:")
+    monkeypatch.setattr(doctor, "installed_version", lambda *names: "1.8.0" if "fbgemm-gpu-cpu" in names else None)
+    real = doctor.try_import
+    monkeypatch.setattr(doctor, "try_import", lambda m: failure if m == "fbgemm_gpu" else real(m))
+    findings = doctor.diagnose(device="cpu").findings
+    assert any("finds no NVIDIA driver" in f and "make install BUILD=cpu" in f for f in findings)
+
+
 def test_torch_missing_is_one_finding_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.try_import
     monkeypatch.setattr(doctor, "installed_version", lambda *names: None)
