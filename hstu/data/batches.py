@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hstu.config import StochasticLengthConfig
+from hstu.data.random_rows import rows_of
+from hstu.data.share import Ranks, Share
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
 from hstu.data.store import SequenceStore
@@ -211,15 +213,27 @@ class TrainBatches:
         return len(self._enter(epoch).bounds) - 1
 
     def batch(self, epoch: int, step: int) -> Batch:
+        """The whole batch."""
+        return self.share(epoch, step, Ranks()).batch
+
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[Batch]:
+        """What one rank has of the batch: with one rank all of it."""
         plan = self._enter(epoch)
         chosen = plan.order[plan.bounds[step] : plan.bounds[step + 1]]
         users, first_rows, lengths, kept = (c[chosen] for c in (self.users, self.first_rows, self.lengths, plan.kept))
+        mine, work = ranks.divide(kept)
         if self.sampler is None:
-            return self.columns.gather(users, first_rows, lengths)
-        rows = np.arange(int(lengths.sum())) + np.repeat(first_rows - np.cumsum(lengths) + lengths, lengths)
-        times = self._timestamps[rows] if self.sampler.selection == "recency" else None
-        rows = rows[self.sampler.positions(lengths, kept, epoch, step, times)]
-        return self.columns.gather_rows(users, torch.from_numpy(rows), kept)
+            batch = self.columns.gather(users[mine], first_rows[mine], lengths[mine])
+        else:  # what stays is drawn for the batch of all ranks
+            rows = np.arange(int(lengths.sum())) + np.repeat(first_rows - np.cumsum(lengths) + lengths, lengths)
+            times = self._timestamps[rows] if self.sampler.selection == "recency" else None
+            rows = rows[self.sampler.positions(lengths, kept, epoch, step, times)]
+            own = torch.from_numpy(rows[rows_of(kept, mine)])
+            batch = self.columns.gather_rows(users[mine], own, kept[mine])
+        if ranks.size > 1:
+            places = torch.from_numpy(rows_of(kept, mine)).to(batch.item_ids.device)
+            batch = replace(batch, random_rows=places, max_len=int(kept.max()))
+        return Share(batch, int(kept.sum()), work)
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
         """``tokens_dropped`` and ``attention_work_saved`` by stochastic length in the epoch's first ``num_steps``

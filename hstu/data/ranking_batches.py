@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hstu.config import Config
 from hstu.data.batches import cut_batches
+from hstu.data.random_rows import rows_of, token_counts
 from hstu.data.ranking import RankingData, Sequences, cut_fused, cut_interleaved
+from hstu.data.share import Ranks, Share
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
 from hstu.errors import UserError
@@ -162,6 +164,32 @@ def gather(data: RankingData, sequences: Sequences, with_labels: bool = True,
     )
 
 
+def gather_share(data: RankingData, config: Config, sequences: Sequences, ranks: Ranks,
+                 stays: np.ndarray | None = None) -> Share[RankingBatch]:  # fmt: skip
+    """What one rank has of the batch of ``sequences``.
+
+    stays: bool, for each of their joined events; None: all of them.
+    """
+    assert config.ranking is not None
+    whole = sequences.stop - sequences.first
+    lengths, counts = whole, sequences.stop - sequences.split
+    if stays is not None:
+        rows, owner = sequence_rows(sequences)
+        lengths = np.bincount(owner, stays, len(sequences)).astype(np.int64)
+        counts = np.bincount(owner, stays & (rows >= sequences.split[owner]), len(sequences)).astype(np.int64)
+    tokens = token_counts(lengths, config.ranking.form == "fused", data.num_prefix)
+    mine, work = ranks.divide(tokens)
+    keep = None if stays is None else np.flatnonzero(stays[rows_of(whole, mine)])
+    batch = gather(data, take(sequences, mine), keep=keep)
+    if ranks.size > 1:
+        batch = replace(
+            batch, max_len=int(lengths.max()), max_targets=int(counts.max()),
+            random_rows=torch.from_numpy(rows_of(tokens, mine)),
+            random_targets=torch.from_numpy(rows_of(counts, mine)),
+        )  # fmt: skip
+    return Share(batch, int(counts.sum()), work)
+
+
 def cut(config: Config, users: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray,
         phase_seed: int | None = None) -> Sequences:  # fmt: skip
     """The sequences in which the config's form predicts the events begins[u] .. ends[u] of each user."""
@@ -242,18 +270,23 @@ class RankingBatches:
         return len(self._enter(epoch).bounds) - 1
 
     def batch(self, epoch: int, step: int) -> RankingBatch:
+        """The whole batch."""
+        return self.share(epoch, step, Ranks()).batch
+
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[RankingBatch]:
+        """What one rank has of the batch: with one rank all of it."""
         plan = self._enter(epoch)
         part = slice(plan.bounds[step], plan.bounds[step + 1])
         sequences, kept = take(plan.sequences, part), plan.kept[part]
         if self.sampler is None:
-            return gather(self.data, sequences)
+            return gather_share(self.data, self.config, sequences, ranks)
         rows, owner = sequence_rows(sequences)
         cuttable = self._cuttable(sequences)
         dropped = rows < (sequences.first + cuttable)[owner]
         places = np.flatnonzero(dropped)
         times = np.asarray(self.data.store.timestamps[rows[places]]) if self.sampler.selection == "recency" else None
         dropped[places[self.sampler.positions(cuttable, kept, epoch, step, times)]] = False
-        return gather(self.data, sequences, keep=np.flatnonzero(~dropped))
+        return gather_share(self.data, self.config, sequences, ranks, ~dropped)
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
         """As of ``TrainBatches``."""
@@ -297,7 +330,12 @@ class ProgressiveBatches:
         return np.sort(self.order[step * self.batch_events : (step + 1) * self.batch_events])
 
     def batch(self, epoch: int, step: int) -> RankingBatch:
-        return gather(self.data, target_sequences(self.data, self.config, self.rows(step)))
+        """The whole batch."""
+        return self.share(epoch, step, Ranks()).batch
+
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[RankingBatch]:
+        """What one rank has of the batch: with one rank all of it."""
+        return gather_share(self.data, self.config, target_sequences(self.data, self.config, self.rows(step)), ranks)
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
         """As of ``TrainBatches``; nothing is cut here."""
