@@ -1,0 +1,64 @@
+"""Config of the embedding tables: on one rank or over all, and the optimizer that moves their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hstu.errors import check as _check
+from hstu.errors import one_of as _one_of
+
+KINDS = ("local", "sharded")
+TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam")
+SHARDINGS = ("table_wise", "row_wise", "column_wise")
+GRID = "; torchrec has a grid for pooled embeddings only, and these are looked up one by one"
+
+
+@dataclass
+class EmbeddingConfig:
+    """Where the tables of ids lie and how they learn."""
+
+    kind: str = "local"
+    """local: whole tables on every rank; sharded: torchrec spreads them over the ranks."""
+    optimizer: str = "adamw"
+    """adamw (local only: that of the other parameters, over all rows), or for the rows that a step touches sgd,
+    adagrad, rowwise_adagrad (one number a row), adam or rowwise_adam (one second moment a row), by fbgemm's rules.
+    Betas, eps and, for the two Adams, the decay (decoupled, touched rows only) are those of ``optim``."""
+    lr: float | None = None
+    """Learning rate of the tables, with the schedule of ``optim``; None: ``optim.table_lr`` or ``optim.lr``."""
+    sharding: str = "auto"
+    """sharded only: auto (torchrec's planner chooses), table_wise, row_wise or column_wise. With column_wise the
+    row-wise optimizers keep a number for each part of a row."""
+    tables: dict[str, str] = field(default_factory=dict)
+    """sharded only: ``sharding`` of single tables by name: ``item``, or that of a feature. data_parallel keeps a
+    feature's table whole on every rank."""
+    dtype: str = "float32"
+    """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA)."""
+    comm_dtype: str = "float32"
+    """sharded only: of the rows and gradients that ranks send each other: float32, float16, bfloat16 (CUDA) or int8
+    (rows only; their gradients then go as float16)."""
+    hbm_gib: float | None = None
+    """sharded only: GPU memory of a rank that the planner may fill; None: what the device has."""
+    ddr_gib: float | None = None
+    """sharded only: host memory of a rank that the planner may fill; None: the machine's, divided by its ranks."""
+
+    def __post_init__(self) -> None:
+        _one_of("embedding.kind", self.kind, KINDS)
+        _one_of("embedding.optimizer", self.optimizer, ("adamw", *TABLE_OPTIMIZERS))
+        _check(self.lr is None or self.lr > 0, "embedding.lr", self.lr, "> 0 or null")
+        allowed = ", ".join(("auto", *SHARDINGS))
+        _check(self.sharding in ("auto", *SHARDINGS), "embedding.sharding", self.sharding, f"one of {allowed}{GRID}")
+        for name, sharding in self.tables.items():
+            choices = SHARDINGS if name == "item" else (*SHARDINGS, "data_parallel")
+            _check(sharding in choices, f"embedding.tables.{name}", sharding, f"one of {', '.join(choices)}{GRID}")
+        _one_of("embedding.dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        _one_of("embedding.comm_dtype", self.comm_dtype, ("float32", "float16", "bfloat16", "int8"))
+        for name in ("hbm_gib", "ddr_gib"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"embedding.{name}", value, "> 0 or null")
+        if self.kind == "local":
+            for name in ("dtype", "comm_dtype"):
+                _check(getattr(self, name) == "float32", f"embedding.{name}", getattr(self, name),
+                       "float32 with embedding.kind=local")  # fmt: skip
+        else:
+            _check(self.optimizer != "adamw", "embedding.optimizer", self.optimizer,
+                   f"one of {', '.join(TABLE_OPTIMIZERS)} with embedding.kind=sharded")  # fmt: skip
