@@ -16,14 +16,17 @@ Events = dict[str, np.ndarray]
 class Buckets:
     """Bucket b holds the events of users edges[b] .. edges[b+1], in order of arrival."""
 
-    def __init__(self, folder: Path, user_counts: np.ndarray, dtypes: dict[str, type]) -> None:
-        """user_counts: [U] events of each user, an upper bound. dtypes: of every column."""
+    def __init__(
+        self, folder: Path, user_counts: np.ndarray, dtypes: dict[str, type], bucket_events: int = BUCKET_EVENTS
+    ) -> None:
+        """user_counts: [U] events of each user, an upper bound. dtypes: of every column. bucket_events: about so many
+        events are held at once; a user with more is a bucket alone."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.dtypes = dtypes
         ends = np.cumsum(user_counts)
         total = int(ends[-1]) if len(ends) else 0
-        cuts = np.searchsorted(ends, np.arange(BUCKET_EVENTS, total, BUCKET_EVENTS)) + 1
+        cuts = np.searchsorted(ends, np.arange(bucket_events, total, bucket_events)) + 1
         self.edges = np.unique(np.concatenate([[0], cuts, [len(user_counts)]]))
 
     def __len__(self) -> int:

@@ -78,11 +78,7 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
     if max(config.min_user_events, config.min_item_events) > 1:
         user_counts, item_counts = filters.count(buckets, alive_users, alive_items)
     built.removed["minimum counts"] = total - int(user_counts.sum())
-    if user_counts.sum() == 0:
-        raise UserError(
-            f"no event is left of {total} after the filters (data.min_user_events={config.min_user_events}, "
-            f"data.min_item_events={config.min_item_events}, data.filter_mode={config.filter_mode}): lower them"
-        )
+    check_left(int(user_counts.sum()), total, config)
     if log.items_listed and config.min_item_events <= 1 and config.filter_mode == "one-pass":
         vocabulary = np.ones(len(items), bool)  # films that nobody rated are candidates too
     ids, built.num_items = filters.cap_vocabulary(item_counts, vocabulary, config.max_items)
@@ -94,30 +90,52 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
     built.num_users, built.num_events = len(chosen), int(stored.sum())
     offsets = np.concatenate([[0], np.cumsum(stored[chosen])])
     writer.save("offsets", offsets.astype(np.int64))
-    _write_events(buckets, extra, alive_users, alive_items, ids, stored, log.table.per_second, config, writer)
-    _write_users(log, _to_numpy(users["raw_id"])[chosen], writer)
-    _write_items(log, items, ids, built.num_items, writer)
+    write_events(buckets, extra, alive_users, alive_items, ids, stored, log.table.per_second, config, writer)
+    write_users(log.users, to_numpy(users["raw_id"])[chosen], writer)
+    write_items(log.items, items, ids, built.num_items, writer)
     return built
+
+
+def check_left(num_left: int, total: int, config: DataConfig) -> None:
+    """Raises UserError where the filters leave nothing of ``total`` events."""
+    if num_left == 0:
+        raise UserError(
+            f"no event is left of {total} after the filters (data.min_user_events={config.min_user_events}, "
+            f"data.min_item_events={config.min_item_events}, data.filter_mode={config.filter_mode}): lower them"
+        )
 
 
 # Ids
 
 
 def _vocabulary(frame: pl.LazyFrame, name: str) -> pl.DataFrame:
-    """``raw_id`` ascending, its ``key`` in the table, ``count``; strings that are all plain integers become int64."""
     found = (
         frame.group_by(pl.col(name).alias("key"))
         .agg(pl.len().cast(pl.Int64).alias("count"))
         .collect(engine="streaming")
     )
+    return vocabulary(found, name, are_plain_integers(found["key"]))
+
+
+def vocabulary(found: pl.DataFrame, name: str, as_integers: bool) -> pl.DataFrame:
+    """``raw_id`` ascending, its ``key`` in the table, ``count``.
+
+    found: ``key`` and ``count`` of each id. as_integers: the raw ids of strings that are all plain integers are int64.
+    """
     if len(found) > _MAX_CODES:
         raise UserError(f"{len(found)} distinct {name} ids: at most {_MAX_CODES} fit 32 bits")
     raw = found["key"]
-    if raw.dtype == pl.String:
-        numbers = raw.cast(pl.Int64, strict=False)
-        if numbers.null_count() == 0 and (numbers.cast(pl.String) == raw).all():
-            raw = numbers
+    if raw.dtype == pl.String and as_integers:
+        raw = raw.cast(pl.Int64)
     return found.with_columns(raw.alias("raw_id")).sort("raw_id")
+
+
+def are_plain_integers(raw: pl.Series) -> bool:
+    """Whether every id is an integer, or a string such as ``-12`` that an integer would be written as."""
+    if raw.dtype != pl.String:
+        return True
+    numbers = raw.cast(pl.Int64, strict=False)
+    return numbers.null_count() == 0 and bool((numbers.cast(pl.String) == raw).all())
 
 
 def _item_vocabulary(log: RawLog, frame: pl.LazyFrame, rejects: Rejects) -> pl.DataFrame:
@@ -144,23 +162,100 @@ def _codes(vocabulary: pl.DataFrame, name: str) -> pl.LazyFrame:
     return vocabulary.lazy().select(pl.col("key").alias(name), code)
 
 
-def _lookup_table(vocabulary: pl.DataFrame) -> np.ndarray | None:
-    """Code by raw id, -1 where there is none and in the last slot; None unless the ids are small integers."""
+def _lookup_table(vocabulary: pl.DataFrame, largest: int) -> np.ndarray | None:
+    """Code by raw id, -1 where there is none and in the last slot; None unless the ids are integers 0..largest."""
     keys = vocabulary["key"]
-    if not keys.dtype.is_integer() or keys.min() < 0 or keys.max() > _MAX_TABLE:  # type: ignore[operator]
+    if not keys.dtype.is_integer() or len(keys) == 0 or keys.min() < 0 or keys.max() > largest:  # type: ignore[operator]
         return None
     table = np.full(int(keys.max()) + 2, -1, np.int32)  # type: ignore[arg-type]
     table[keys.to_numpy()] = np.arange(len(keys), dtype=np.int32)
     return table
 
 
-def _to_numpy(raw: pl.Series) -> np.ndarray:
+def to_numpy(raw: pl.Series) -> np.ndarray:
     if raw.dtype != pl.String:
         return raw.cast(pl.Int64).to_numpy()
     return raw.to_numpy().astype(np.str_)
 
 
 # Events
+
+
+class Coder:
+    """Codes the columns of checked rows to numbers.
+
+    Attributes:
+        dtypes: of the columns of coded events. extra: name in the store of each column beyond user, item, time, row.
+    """
+
+    def __init__(
+        self, schema: pl.Schema, users: pl.DataFrame, items: pl.DataFrame, known: dict[str, pl.Series],
+        row_columns: dict[str, np.ndarray] | None = None, largest_table: int = _MAX_TABLE,
+    ) -> None:  # fmt: skip
+        """known: the values of each role that is coded (:func:`coded_roles`). row_columns: as of :class:`RawLog`.
+        largest_table: largest integer id that is coded by a lookup table, which takes 4 bytes for each below it."""
+        self.dtypes: dict[str, type] = {"user": np.int32, "item": np.int32, "time": np.int64, "row": np.int64}
+        self.extra: dict[str, str] = {}
+        self.row_columns = row_columns or {}
+        self._columns = [pl.col("time"), pl.col("row")]
+        self._joins: list[tuple[str, pl.LazyFrame]] = []
+        self._tables: dict[str, np.ndarray] = {}
+        for name, ids in (("user", users), ("item", items)):
+            table = _lookup_table(ids, largest_table)
+            if table is not None:
+                self._tables[name] = table
+                self._columns.append(pl.col(name))
+            else:
+                self._joins.append((name, _codes(ids, name)))
+                self._columns.append(pl.col(f"{name} code").fill_null(-1).alias(name))
+        for role in _further_roles(schema):
+            self._add(role, known.get(role))
+        for name, values in self.row_columns.items():
+            self.extra[name] = f"columns/{name}"
+            self.dtypes[name] = values.dtype.type
+
+    def _add(self, role: str, known: pl.Series | None) -> None:
+        self.extra[role] = "actions" if role == "action" else f"columns/{role.partition('.')[2]}"
+        self.dtypes[role] = np.float32
+        if known is None:
+            self._columns.append(pl.col(role).cast(pl.Float32).fill_null(float("nan")))
+            return
+        codes = pl.LazyFrame({role: known, f"{role} code": pl.Series(range(1, len(known) + 1), dtype=pl.Int32)})
+        self._joins.append((role, codes))
+        code = pl.col(f"{role} code")
+        if role == "action":
+            self._columns.append(code.cast(pl.Float32).fill_null(float("nan")).alias(role))
+        else:
+            self._columns.append(code.fill_null(0).alias(role))
+            self.dtypes[role] = np.int32
+
+    def coded(self, rows: pl.LazyFrame) -> pl.LazyFrame:
+        """The rows with their codes; ids with a lookup table are coded by :meth:`events`."""
+        for name, codes in self._joins:
+            rows = rows.join(codes, on=name, how="left")
+        return rows.select(self._columns)
+
+    def events(self, batch: pl.DataFrame) -> Events:
+        """Coded rows as columns of a bucket."""
+        events: Events = {n: batch[n].to_numpy() for n in batch.columns}
+        for name, table in self._tables.items():
+            events[name] = table[np.minimum(events[name], len(table) - 1)]
+        for name, values in self.row_columns.items():
+            events[name] = values[events["row"] - 1]
+        if events["item"].min(initial=0) < 0:  # an item outside the catalogue, already among the rejects
+            listed = events["item"] >= 0
+            events = {name: column[listed] for name, column in events.items()}
+        return events
+
+
+def _further_roles(schema: pl.Schema) -> list[str]:
+    return [role for role in schema if role not in ("user", "item", "time", "row", "bad")]
+
+
+def coded_roles(schema: pl.Schema) -> list[str]:
+    """Columns whose values become codes: features, and actions that are names."""
+    named = [role for role in _further_roles(schema) if role == "action" and not schema[role].is_numeric()]
+    return [role for role in _further_roles(schema) if role.startswith("feature.")] + named
 
 
 def _bucket_events(
@@ -171,59 +266,23 @@ def _bucket_events(
     Returns the buckets and, for each further column of them, its name in the store.
     """
     schema = frame.collect_schema()
-    extra: dict[str, str] = {}
-    dtypes: dict[str, type] = {"user": np.int32, "item": np.int32, "time": np.int64, "row": np.int64}
-    coded, columns = frame, [pl.col("time"), pl.col("row")]
-    tables = {"user": _lookup_table(users), "item": _lookup_table(items)}
-    for name, vocabulary in (("user", users), ("item", items)):
-        if tables[name] is None:
-            coded = coded.join(_codes(vocabulary, name), on=name, how="left")
-            columns.append(pl.col(f"{name} code").fill_null(-1).alias(name))
-        else:
-            columns.append(pl.col(name))
-    for role, dtype in schema.items():
-        if role in ("user", "item", "time", "row", "bad"):
-            continue
-        name = role.partition(".")[2]
-        extra[role] = "actions" if role == "action" else f"columns/{name}"
-        if role.startswith("feature.") or (role == "action" and not dtype.is_numeric()):
-            known = _feature_values(frame, role)
-            writer.save(f"features/{name or 'action'}", _to_numpy(known))
-            codes = pl.LazyFrame({role: known, f"{role} code": pl.Series(range(1, len(known) + 1), dtype=pl.Int32)})
-            coded = coded.join(codes, on=role, how="left")
-            code = pl.col(f"{role} code")
-            action = code.cast(pl.Float32).fill_null(float("nan"))
-            columns.append((action if role == "action" else code.fill_null(0)).alias(role))
-            dtypes[role] = np.float32 if role == "action" else np.int32
-        else:
-            columns.append(pl.col(role).cast(pl.Float32).fill_null(float("nan")))
-            dtypes[role] = np.float32
-    for name, values in log.row_columns.items():
-        extra[name] = f"columns/{name}"
-        dtypes[name] = values.dtype.type
-    buckets = Buckets(writer.work / "events", users["count"].to_numpy(), dtypes)
-    for batch in coded.select(columns).collect_batches(
-        chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"
-    ):
-        events: Events = {n: batch[n].to_numpy() for n in batch.columns}
-        for name, table in tables.items():
-            if table is not None:
-                events[name] = table[np.minimum(events[name], len(table) - 1)]
-        for name, values in log.row_columns.items():
-            events[name] = values[events["row"] - 1]
-        if events["item"].min(initial=0) < 0:  # an item outside the catalogue, already among the rejects
-            listed = events["item"] >= 0
-            events = {name: column[listed] for name, column in events.items()}
-        buckets.append(events)
-    return buckets, extra
+    known = {}
+    for role in coded_roles(schema):
+        known[role] = frame.select(pl.col(role).drop_nulls().unique()).collect(engine="streaming")[role].sort()
+        writer.save(feature_file(role), to_numpy(known[role]))
+    coder = Coder(schema, users, items, known, log.row_columns)
+    buckets = Buckets(writer.work / "events", users["count"].to_numpy(), coder.dtypes)
+    for batch in coder.coded(frame).collect_batches(chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"):
+        buckets.append(coder.events(batch))
+    return buckets, coder.extra
 
 
-def _feature_values(frame: pl.LazyFrame, role: str) -> pl.Series:
-    found = frame.select(pl.col(role).drop_nulls().unique()).collect(engine="streaming")[role]
-    return found.sort()
+def feature_file(role: str) -> str:
+    """Where the store keeps the raw values of a coded column."""
+    return f"features/{role.partition('.')[2] or 'action'}"
 
 
-def _write_events(
+def write_events(
     buckets: Buckets,
     extra: dict[str, str],
     alive_users: np.ndarray,
@@ -285,29 +344,33 @@ def _latest(order: np.ndarray, users: np.ndarray, limit: int) -> np.ndarray:
 # Users and items
 
 
-def _write_users(log: RawLog, raw_ids: np.ndarray, writer: StoreWriter) -> None:
+def write_users(users: pl.DataFrame | None, raw_ids: np.ndarray, writer: StoreWriter) -> None:
+    """Raw ids [U] and the attributes that ``users`` has for them."""
     writer.save("users/raw_id", raw_ids)
-    if log.users is not None:
-        for name, values in attribute_columns(log.users, raw_ids).items():
+    if users is not None:
+        for name, values in attribute_columns(users, raw_ids).items():
             writer.save(f"users/{name}", values)
 
 
-def _write_items(log: RawLog, items: pl.DataFrame, ids: np.ndarray, num_items: int, writer: StoreWriter) -> None:
+def write_items(
+    attributes: pl.DataFrame | None, items: pl.DataFrame, ids: np.ndarray, num_items: int, writer: StoreWriter
+) -> None:
+    """Raw id and attributes of every item id. items: vocabulary of the log; ids: final id of each of its rows."""
     first = np.full(num_items, -1, np.int64)  # item row of each id; the rare-item bucket belongs to none
     members = np.flatnonzero(ids)
     owners = np.bincount(ids[members], minlength=num_items + 1)
     own = members[owners[ids[members]] == 1]
     first[ids[own] - 1] = own
-    raw = _to_numpy(items["raw_id"])
+    raw = to_numpy(items["raw_id"])
     rare: Any = -1 if raw.dtype.kind == "i" else RARE_ITEM
     raw_ids = raw[np.maximum(first, 0)]
     if (first < 0).any():
         raw_ids = raw_ids.astype(np.result_type(raw_ids.dtype, np.array(rare).dtype))
         raw_ids[first < 0] = rare
     writer.save("items/raw_id", raw_ids)
-    if log.items is None:
+    if attributes is None:
         return
-    for name, values in attribute_columns(log.items, raw_ids).items():
+    for name, values in attribute_columns(attributes, raw_ids).items():
         if name == "title":
             values = np.where(first < 0, RARE_ITEM, values)
         writer.save(f"items/{name}", values)

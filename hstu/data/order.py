@@ -20,12 +20,12 @@ def tie_keys(rows: np.ndarray, protocol: str, seed: int) -> np.ndarray:
         return rows.astype(np.int64)
     with np.errstate(over="ignore"):
         z = rows.astype(np.uint64)
-        z += _mix(np.array([seed], np.uint64))
+        z += mix64(np.array([seed], np.uint64))
         z *= _GOLDEN
-        return (_mix(z) >> np.uint64(1)).astype(np.int64)
+        return (mix64(z) >> np.uint64(1)).astype(np.int64)
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
+def mix64(z: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64; overwrites ``z`` (uint64), which wraps around."""
     with np.errstate(over="ignore"):
         z += _GOLDEN

@@ -97,24 +97,42 @@ def read_tables(files: list[Path], layouts: list[Layout], work: Path, rejects: R
     parts: list[Path] = []
     first_rows: list[int] = []
     rows = 0
-    for number, (file, layout) in enumerate(zip(files, layouts, strict=True)):
+    for found, last in read_parts(files, layouts, work, rejects):
         first_rows.append(rows)
-        found, last = _read_file(file, layout, rows, work / f"part-{number:06d}", rejects)
         parts += found
         rows += last
-    _check_types(parts, files)
-    num_rows = sum(pl.scan_ipc(p).select(pl.len()).collect().item() for p in parts)
-    if num_rows == 0:
-        detail = f"; the first bad one: {rejects.first}" if rejects.first else ""
-        raise UserError(f"no usable row in {files[0]}{' and the other files' if len(files) > 1 else ''}{detail}")
+    num_rows = sum(num_part_rows(p) for p in parts)
+    check_usable(num_rows, files, rejects)
     return Table(parts, files, first_rows, num_rows, layouts[0].time.per_second, rows)
 
 
-def _check_types(parts: list[Path], files: list[Path]) -> None:
-    """Shards of the same log must agree on the type of an id."""
-    first: dict[str, tuple[pl.DataType, Path]] = {}
+def read_parts(
+    files: list[Path], layouts: list[Layout], work: Path, rejects: Rejects
+) -> Iterator[tuple[list[Path], int]]:
+    """Reads the files one after the other; yields the Arrow parts of each and its number of rows, bad ones included."""
+    rows = 0
+    types: dict[str, tuple[pl.DataType, Path]] = {}
+    for number, (file, layout) in enumerate(zip(files, layouts, strict=True)):
+        parts, last = _read_file(file, layout, rows, work / f"part-{number:06d}", rejects)
+        _check_types(parts, file, types)
+        yield parts, last
+        rows += last
+
+
+def num_part_rows(part: Path) -> int:
+    return int(pl.scan_ipc(part).select(pl.len()).collect().item())
+
+
+def check_usable(num_rows: int, files: list[Path], rejects: Rejects) -> None:
+    """Raises UserError where no good row is left."""
+    if num_rows == 0:
+        detail = f"; the first bad one: {rejects.first}" if rejects.first else ""
+        raise UserError(f"no usable row in {files[0]}{' and the other files' if len(files) > 1 else ''}{detail}")
+
+
+def _check_types(parts: list[Path], file: Path, first: dict[str, tuple[pl.DataType, Path]]) -> None:
+    """Shards of the same log must agree on the type of an id. first: types and files so far; completed here."""
     for part in parts:
-        file = files[int(part.stem.split("-")[1])]
         for name, dtype in pl.read_ipc_schema(part).items():
             before = first.setdefault(name, (dtype, file))
             if before[0] != dtype:

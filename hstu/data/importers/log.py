@@ -67,25 +67,35 @@ def _in_folder(folder: Path, config: DataConfig) -> list[Path]:
 
 
 def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
-    attributes = _attribute_files(config)
-    shards = paths[: len(paths) - len(attributes)]
+    shards, layouts, notes = plan(config, paths)
+    log = RawLog(read_tables(shards, layouts, work, rejects), notes=notes)
+    log.items, log.users = attribute_frames(config, paths)
+    return log
+
+
+def plan(config: DataConfig, paths: list[Path]) -> tuple[list[Path], list[Layout], list[str]]:
+    """The shards among ``paths``, how each is written, and what to tell the reader about it."""
+    shards = paths[: len(paths) - len(_attribute_files(config))]
     layouts: list[Layout] = []
     time: TimeFormat | None = None
     for shard in shards:
         layout = _layout(shard, config, time)
         time = layout.time
         layouts.append(layout)
-    layouts = _same_types(layouts, shards)
-    log = RawLog(read_tables(shards, layouts, work, rejects))
     assert time is not None
-    if time.auto:
-        log.notes.append(f"times read as {time.unit} by their magnitude (data.time_unit=auto)")
+    notes = [f"times read as {time.unit} by their magnitude (data.time_unit=auto)"] if time.auto else []
+    return shards, _same_types(layouts), notes
+
+
+def attribute_frames(config: DataConfig, paths: list[Path]) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
+    """Attributes of items and of users: the last of ``paths``, where the config names such files."""
+    given = _attribute_files(config)
     frames = {
-        key: _read_attributes(key, path, config) for key, path in zip(attributes, paths[len(shards) :], strict=True)
+        key: _read_attributes(key, path, config)
+        for key, path in zip(given, paths[len(paths) - len(given) :], strict=True)
     }
     _check_numeric(frames, config)
-    log.items, log.users = frames.get("items_file"), frames.get("users_file")
-    return log
+    return frames.get("items_file"), frames.get("users_file")
 
 
 def _layout(path: Path, config: DataConfig, time: TimeFormat | None) -> Layout:
@@ -279,7 +289,7 @@ def _parquet_layout(path: Path, config: DataConfig, time: TimeFormat | None) -> 
     return Layout("parquet", fields, time)
 
 
-def _same_types(layouts: list[Layout], shards: list[Path]) -> list[Layout]:
+def _same_types(layouts: list[Layout]) -> list[Layout]:
     """Shards must agree on what is a number: one with event names makes the action a name in all."""
     if not any(f.kind == "name" for layout in layouts for f in layout.fields):
         return layouts
