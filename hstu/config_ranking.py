@@ -150,6 +150,9 @@ class RankingConfig:
     batch_events: int = 4096
     """progressive: events per step, in time order."""
     head: HeadConfig = field(default_factory=HeadConfig)
+    calibrate: bool = False
+    """Add to the logits of each binary task the number that brings the mean prediction on validation to the mean label;
+    baselines that learn are treated alike. It is part of the checkpoint. With run.selection=validation."""
 
     def __post_init__(self) -> None:
         one_of("ranking.form", self.form, ("interleaved", "fused"))
@@ -166,4 +169,5 @@ class RankingConfig:
         check(any(t.weight > 0 for t in self.tasks.values()), "ranking.tasks.*.weight", 0, "> 0 for one task at least")
         check(self.targets >= 1, "ranking.targets", self.targets, ">= 1")
         check(self.stride is None or self.stride >= 1, "ranking.stride", self.stride, ">= 1 or null")
+        check(not self.calibrate or self.mode == "epochs", "ranking.calibrate", True, "false with mode=progressive")
         check(self.batch_events >= 1, "ranking.batch_events", self.batch_events, ">= 1")

@@ -37,15 +37,17 @@ class RankingHeads(nn.Module):
         priors: task -> what the training labels are like: rate [1] (binary), share of each level [C] (multiclass,
             ordinal), or mean and standard deviation [2] of the transformed label (regression). They set the initial
             biases, and for regression the scale, which is kept in the state.
+        calibrate: binary predictions have the buffer ``calibration`` [tasks] added to their logits; the loss has not.
 
     Raises UserError for a task name that torch cannot take.
     """
 
     def __init__(
-        self, dim: int, tasks: dict[str, TaskConfig], config: HeadConfig, priors: dict[str, list[float]] | None = None
-    ) -> None:
+        self, dim: int, tasks: dict[str, TaskConfig], config: HeadConfig, priors: dict[str, list[float]] | None = None,
+        calibrate: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.tasks, self.config = tasks, config
+        self.tasks, self.config, self.calibrate = tasks, config, calibrate
         shared, own = config.shared_experts, config.task_experts
         self.shared = nn.ModuleList(_mlp(dim, config.hidden) for _ in range(shared or (0 if own else 1)))
         self.own, self.gates, self.outputs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -63,6 +65,8 @@ class RankingHeads(nn.Module):
                 self.register_parameter(f"cuts_{name}", nn.Parameter(steps))
             if task.kind == "regression":
                 self.register_buffer(f"scale_{name}", torch.tensor([0.0, 1.0]))
+        if calibrate:
+            self.register_buffer("calibration", torch.zeros(len(tasks)))
         self._set_priors(priors or {})
 
     def _set_priors(self, priors: dict[str, list[float]]) -> None:
@@ -155,10 +159,11 @@ class RankingHeads(nn.Module):
         """Predictions in the labels' terms: probability [T] (binary), probability of each level [T, C] (multiclass,
         ordinal), value in the raw unit [T] (regression)."""
         found = {}
-        for name, task in self.tasks.items():
+        for number, (name, task) in enumerate(self.tasks.items()):
             output = outputs[name].float()
             if task.kind == "binary":
-                found[name] = torch.sigmoid(output[:, 0])
+                shift = self.get_buffer("calibration")[number] if self.calibrate else 0.0
+                found[name] = torch.sigmoid(output[:, 0] + shift)
             elif task.kind == "regression":
                 mean, std = self.get_buffer(f"scale_{name}")
                 value = output[:, 0] * std + mean

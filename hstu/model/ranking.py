@@ -80,7 +80,7 @@ class RankingModel(nn.Module):
         events = config.max_len + ranking.targets if self.fused else 2 * config.max_len
         self.encoder = make_encoder(dataclasses.replace(config, max_len=self.num_prefix + events))
         self.state_norm = nn.LayerNorm(dim)
-        self.heads = RankingHeads(dim, ranking.tasks, ranking.head, priors)
+        self.heads = RankingHeads(dim, ranking.tasks, ranking.head, priors, ranking.calibrate)
 
     # Tokens
 
