@@ -278,6 +278,8 @@ class RunConfig:
     """Minutes between checkpoints; None: not by time."""
     save_every_epochs: int | None = 1
     """Epochs between checkpoints; None: not by epochs, but at the end."""
+    save_in_background: bool = True
+    """Write checkpoints beside the training, which then stops only to copy its state (one copy more in host memory)."""
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of tensorboard, wandb, mlflow; ``metrics.jsonl`` is always written."""
     log_every_steps: int = 10

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hstu import checkpoint, metrics, report
+from hstu.checkpoint_state import restore_model
 from hstu.config import Config, from_dict, published_row
 from hstu.data.stochastic_length import savings_text
 from hstu.errors import UserError
@@ -73,8 +74,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
         done = report.read_json(folder / "result.json", "delete it to evaluate again")
         if done.get("epochs") == progress.epoch:
             return
-    best = checkpoint.load(trainer.checkpoints / checkpoint.BEST, trainer.device)
-    trainer.model.load_state_dict(best["model"])
+    restore_model(checkpoint.load(trainer.checkpoints / checkpoint.BEST), trainer.model)
     evaluation, values, num_users = trainer.problem.finish()
     report.write_json(folder / "evaluation.json", evaluation)
     timing = {

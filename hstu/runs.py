@@ -12,12 +12,13 @@ import yaml
 from torch import nn
 
 from hstu import checkpoint, report
+from hstu.checkpoint_state import restore_model
 from hstu.config import Config, from_dict, to_dict
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
 
 FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "keep_last", "threads",
-                  "save_every_steps", "save_every_minutes", "save_every_epochs"}  # fmt: skip
+                  "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background"}  # fmt: skip
 """Fields of ``run`` that may differ between a run and its continuation."""
 
 
@@ -144,9 +145,9 @@ def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceS
             f"{store.meta.get('split_hash')}: prepare the data as it was"
         )
     checkpoints = folder / "checkpoints"
-    state = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
-    if state is None:
+    saved = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
+    if saved is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
     model: nn.Module = build_model(config, store)
-    model.load_state_dict(state["model"])
+    restore_model(saved, model)
     return config, store, model.eval()

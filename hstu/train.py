@@ -25,9 +25,11 @@ from torch import Tensor
 
 from hstu import checkpoint, report
 from hstu.allocator import keep_freed_memory
+from hstu.checkpoint_state import model_state, restore_run, run_state
 from hstu.cli import command, run_hydra
 from hstu.config import Config, to_dict
 from hstu.data.batches import Prefetcher
+from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.evaluate import run_device
 from hstu.loggers import MetricsFile, make_loggers
@@ -119,6 +121,7 @@ class Trainer:
         self._lock = lock_folder(folder)
         parameters = self.model.num_parameters()
         describe(folder, config, store, {"parameters": parameters, "device": str(self.device)})
+        self.saver = checkpoint.Saver(self.checkpoints, run.keep_last, background=run.save_in_background)
         self._restore()
         self.metrics_file = MetricsFile(folder / "metrics.jsonl", self.progress.metrics_size)
         self.loggers = make_loggers(run.loggers, folder, to_dict(config), self.progress.global_step)
@@ -142,36 +145,24 @@ class Trainer:
 
     # State
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> checkpoint.State:
         self.progress.metrics_size = self.metrics_file.size()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-            "rng": rng,
-            "average": None if self.average is None else self.average.state_dict(),
-        }
+        progress = dataclasses.asdict(self.progress)
+        return run_state(self.model, self.optimizer, self.average, progress, World.current(self.device))
 
     def _save(self) -> None:
         self._check_parameters()
-        checkpoint.save(self.checkpoints, self._state(), self.progress.global_step, self.config.run.keep_last)
+        self.saver.save(self._state(), self.progress.global_step)
+        if self.progress.finished or self.stop_signal is not None:
+            self.saver.wait()
         self._last_save = time.monotonic()
 
     def _restore(self) -> None:
-        state = checkpoint.load_last(self.checkpoints, self.device)
-        if state is None:
+        world = World.current(self.device)
+        saved = checkpoint.load_last(self.checkpoints, world, set_aside=True)
+        if saved is None:
             return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
-        if "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+        self.progress = Progress(**restore_run(saved, self.model, self.optimizer, self.average, world))
         stopped = self.progress.finished and not self._stopped_early()
         if stopped and self.progress.epoch < self.config.run.epochs:
             self.progress.finished = False  # run.epochs was raised
@@ -189,6 +180,7 @@ class Trainer:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            self.saver.close()
             self.metrics_file.close()
             self._lock.close()
             for logger in self.loggers:
@@ -263,6 +255,7 @@ class Trainer:
         self._fail_non_finite(name, f"{loss}")
 
     def _fail_non_finite(self, name: str, loss: str) -> None:
+        self.saver.wait()
         saved = checkpoint.steps(self.checkpoints)
         kept = f"last good checkpoint: {saved[-1]}" if saved else "no checkpoint was saved before"
         raise UserError(
@@ -349,7 +342,7 @@ class Trainer:
         shown = [n for n in dict.fromkeys([name, *self.problem.shown]) if n in values]
         self.display.validation(progress.epoch, epoch_loss, part, {n: values[n] for n in shown}, improved, saved)
         if improved:
-            checkpoint.save_best(self.checkpoints, {**self._state(), "average": None})
+            self.saver.save_best(checkpoint.State(model_state(self.model), {"progress": dataclasses.asdict(progress)}))
 
 
 def train(config: Config, display: Display | None = None) -> Path:

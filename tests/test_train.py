@@ -67,23 +67,21 @@ def logged(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def final_state(folder: Path) -> dict:
-    state = checkpoint.load_last(folder / "checkpoints")
-    assert state is not None
-    return state
+def final_state(folder: Path) -> checkpoint.Saved:
+    saved = checkpoint.load_last(folder / "checkpoints")
+    assert saved is not None
+    return saved
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Parameters, optimizer state, generator states, position and every logged number are equal, bit for bit."""
     one, two = final_state(a), final_state(b)
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, two["model"][name]), name
-    for key, values in one["optimizer"]["state"].items():
-        for field, value in values.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two["optimizer"]["state"][key][field]))
-    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    tensors, others = one.tensors(), two.tensors()
+    assert tensors.keys() == others.keys() and {name.split(".")[0] for name in tensors} >= {"model", "optimizer", "rng"}
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
     ignored = ("seconds", "eval_seconds", "metrics_size")  # the file's size holds the digits of a rate
-    position = [{k: v for k, v in s["progress"].items() if k not in ignored} for s in (one, two)]
+    position = [{k: v for k, v in s.values["progress"].items() if k not in ignored} for s in (one, two)]
     assert position[0] == position[1]
     assert logged(a) == logged(b)
 
@@ -112,16 +110,19 @@ def test_loss_falls_and_the_run_folder_is_complete(finished):
 def test_the_average_of_the_weights_is_evaluated_kept_and_resumed(tmp_path):
     optim = OptimConfig(lr=3e-3, average_decay=0.9)
     half = train(make_config(tmp_path, "half", optim=optim, run_epochs=1))
-    best, last = checkpoint.load(half / "checkpoints" / checkpoint.BEST), final_state(half)
-    names = [name for name, _ in load_run(half)[2].named_parameters()]
-    for name, value in zip(names, last["average"]["values"], strict=True):
-        assert torch.equal(best["model"][name], value), name
-        assert not torch.equal(last["model"][name], value), name
+    last = final_state(half)
+    best = checkpoint.load(half / "checkpoints" / checkpoint.BEST).tensors("model.")
+    model, average = last.tensors("model."), last.tensors("average.")
+    assert average.keys() == dict(load_run(half)[2].named_parameters()).keys()
+    for name, value in average.items():
+        assert torch.equal(best[name], value), name
+        assert not torch.equal(model[name], value), name
     resumed = train(make_config(tmp_path, "half", optim=optim))
     whole = train(make_config(tmp_path, "whole", optim=optim))
-    a, b = final_state(whole)["average"], final_state(resumed)["average"]
-    assert a["num_updates"] == b["num_updates"] > last["average"]["num_updates"]
-    assert all(torch.equal(x, y) for x, y in zip(a["values"], b["values"], strict=True))
+    a, b = final_state(whole), final_state(resumed)
+    assert a.values["average_updates"] == b.values["average_updates"] > last.values["average_updates"]
+    others = b.tensors("average.")
+    assert all(torch.equal(value, others[name]) for name, value in a.tensors("average.").items())
 
 
 def test_tables_have_a_rate_and_a_decay_of_their_own():
@@ -155,8 +156,8 @@ def test_load_run_gives_the_best_model(finished):
     config, folder = finished
     loaded, store, model = load_run(folder)
     assert to_dict(loaded) == to_dict(config) and store.num_items == 60
-    best = checkpoint.load(folder / "checkpoints" / checkpoint.BEST)
-    assert all(torch.equal(v, best["model"][n]) for n, v in model.state_dict().items())
+    best = checkpoint.load(folder / "checkpoints" / checkpoint.BEST).tensors("model.")
+    assert all(torch.equal(v, best[n]) for n, v in model.state_dict().items())
 
 
 def test_same_seed_same_run_other_seed_other_run(finished, tmp_path):
@@ -234,7 +235,7 @@ def test_a_signal_saves_first_and_the_run_resumes(finished, tmp_path, monkeypatc
         train(stopped)
     assert raised.value.exit_code == 128 + number
     after = final_state(Path(stopped.run.dir))
-    assert after["progress"]["global_step"] == 5
+    assert after.values["progress"]["global_step"] == 5
     assert_same_run(folder, train(stopped))
 
 
@@ -266,9 +267,11 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     optim = OptimConfig(lr=3e-3, accumulate_steps=2)
     small = train(make_config(tmp_path, "small", run_batch_users=75, **{**common, "optim": optim}))
     assert logged(large)[0]["loss"] == pytest.approx(logged(small)[0]["loss"], rel=1e-6)
-    one, two = (final_state(f)["optimizer"]["state"] for f in (large, small))
-    for key in one:  # Adam's first moment after one step is the gradient times 0.1
-        torch.testing.assert_close(one[key]["exp_avg"], two[key]["exp_avg"], rtol=1e-3, atol=1e-7)
+    one, two = (final_state(f).tensors("optimizer.") for f in (large, small))
+    moments = [name for name in one if name.endswith(".exp_avg")]
+    assert moments
+    for name in moments:  # Adam's first moment after one step is the gradient times 0.1
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +300,9 @@ def test_non_finite_values_stop_the_run_and_keep_the_checkpoint(tmp_path, monkey
         return step(self, step_input)
 
     monkeypatch.setattr(Trainer, "_step", poisoned)
-    with pytest.raises(UserError, match=r"step 5 .*parameter encoder\.layers\.0\.bias\.time.*step-000000004\.pt"):
+    with pytest.raises(UserError, match=r"step 5 .*parameter encoder\.layers\.0\.bias\.time.*step-000000004;"):
         train(config)
-    assert all(torch.isfinite(t).all() for t in final_state(Path(config.run.dir))["model"].values())
+    assert all(torch.isfinite(t).all() for t in final_state(Path(config.run.dir)).tensors("model.").values())
 
 
 def test_first_non_finite_names_module_loss_and_gradient():

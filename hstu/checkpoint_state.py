@@ -1,0 +1,119 @@
+"""What of a run is in its checkpoints, and how a run takes it over again, on as many ranks as it now has.
+
+Names of tensors: ``model.<name>`` as in the model's state_dict; ``optimizer.<parameter>.<field>`` and
+``average.<parameter>`` by the names of parameters; ``rng.<device>.<rank>``, torch's generators.
+
+Everything random in training is a function of the seed and the step, so that a run goes on alike with another number of
+ranks. torch's own generators, which only foreign code draws from, are those of rank r mod R for rank r, with R the
+number of ranks that saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hstu.checkpoint import Saved, State
+from hstu.distributed import World
+from hstu.errors import UserError
+from hstu.optim import WeightAverage
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the model alone, which are its own, not copies."""
+    return {f"model.{name}": value for name, value in model.state_dict().items()}
+
+
+def run_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    progress: dict[str, Any],
+    world: World,
+) -> State:
+    """All that a run needs to go on as if it had not been interrupted. The tensors are the run's own, not copies."""
+    tensors = model_state(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, fields in optimizer.state.items():
+        name = names[id(parameter)]
+        tensors |= {f"optimizer.{name}.{field}": torch.as_tensor(value) for field, value in fields.items()}
+    if average is not None:
+        for name, value in zip(names.values(), average.values, strict=True):
+            tensors[f"average.{name}"] = value
+    tensors |= {f"rng.{device}.{world.rank}": value for device, value in _generators(world.device).items()}
+    return State(tensors, {"progress": progress, "average_updates": 0 if average is None else average.num_updates})
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_model(saved: Saved, model: nn.Module, world: World | None = None) -> None:
+    """Gives the model the weights saved.
+
+    Raises UserError where the checkpoint is of another model.
+    """
+    targets = model_state(model)
+    _check_names(saved, targets)
+    saved.read(targets, world)
+
+
+def _check_names(saved: Saved, targets: dict[str, Tensor]) -> None:
+    foreign = [name for name in saved.sizes if name.startswith("model.") and name not in targets]
+    if foreign:
+        raise UserError(f"checkpoint {saved.path} has {foreign[0]}, which this model has not: it is of another model")
+
+
+def restore_run(
+    saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, world: World
+) -> dict[str, Any]:
+    """Gives all that :func:`run_state` saved to a run that has not begun; returns the progress.
+
+    Raises UserError where the checkpoint is of another model or optimizer.
+    """
+    targets = model_state(model)
+    _check_names(saved, targets)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fields = _optimizer_fields(saved, [names[id(p)] for p in parameters])
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        for field, key in fields.get(number, {}).items():
+            shape, dtype = saved.sizes[key]
+            same = shape == parameter.shape
+            target = torch.zeros_like(parameter.detach(), dtype=dtype) if same else torch.empty(shape, dtype=dtype)
+            targets[key] = state.setdefault(number, {})[field] = target
+    if average is not None:
+        for number, (name, value) in enumerate(zip(names.values(), average.values, strict=True)):
+            key = f"average.{name}"
+            targets[key if key in saved.sizes else f"average.#{number}"] = value
+    generators = _generators(world.device)
+    for device, value in generators.items():
+        key = f"rng.{device}.{world.rank % saved.ranks}"
+        if key in saved.sizes:
+            targets[key] = value
+    saved.read(targets, world)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if average is not None:
+        average.num_updates = saved.values["average_updates"]
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"], world.device)
+    return dict(saved.values["progress"])
+
+
+def _optimizer_fields(saved: Saved, names: list[str]) -> dict[int, dict[str, str]]:
+    """Names of the saved tensors by number of the parameter and field. names: of the parameters, in their order."""
+    numbers = {f"optimizer.{name}": number for number, name in enumerate(names)}
+    numbers |= {f"optimizer.#{number}": number for number in range(len(names))}  # the first format
+    found: dict[int, dict[str, str]] = {}
+    for key in saved.sizes:
+        owner, _, field = key.rpartition(".")
+        if owner in numbers:
+            found.setdefault(numbers[owner], {})[field] = key
+    return found
