@@ -32,6 +32,15 @@ def octet_draws(seed_low, seed_high, counter):
 
 
 @triton.jit
+def drawn_rows(random_rows, rows, valid, GIVEN: tl.constexpr):
+    """Rows [BLOCK_L] whose numbers the rows draw: those in random_rows [L] int64, or, without them, their own."""
+    if GIVEN:
+        return tl.load(random_rows + rows, mask=valid, other=0)
+    else:
+        return rows
+
+
+@triton.jit
 def keep_tile(seed_low, seed_high, dropped, rows, first_column, num_octets,
               BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """[BLOCK_L, BLOCK_D] bool: which elements of the tile stay.
@@ -45,8 +54,8 @@ def keep_tile(seed_low, seed_high, dropped, rows, first_column, num_octets,
 
 @triton.jit(do_not_specialize=["num_octets", "seed_low", "seed_high", "dropped"])
 def _seeded_dropout_kernel(
-    x_ptr, y_ptr, num_octets, width, octets_per_row, seed_low, seed_high, dropped, factor,
-    FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, random_rows, num_octets, width, octets_per_row, seed_low, seed_high, dropped, factor,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x, y: [rows, width] contiguous. FLAT: the width is a multiple of 8, so octets lie side by side."""
     octet = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -58,7 +67,11 @@ def _seeded_dropout_kernel(
         column = (octet % octets_per_row)[:, None] * DRAWS + within
         index = (octet // octets_per_row)[:, None] * width + column
         valid = valid & (column < width)
-    keep = tl.reshape(octet_draws(seed_low, seed_high, octet), (BLOCK, DRAWS)) >= dropped
+    counter = octet
+    if ROWS:
+        row = tl.load(random_rows + octet // octets_per_row, mask=octet < num_octets, other=0)
+        counter = row * octets_per_row + octet % octets_per_row
+    keep = tl.reshape(octet_draws(seed_low, seed_high, counter), (BLOCK, DRAWS)) >= dropped
     x = tl.load(x_ptr + index, mask=valid, other=0.0).to(tl.float32)
     tl.store(y_ptr + index, tl.where(keep, x * factor, 0.0).to(y_ptr.dtype.element_ty), mask=valid)
 
@@ -76,9 +89,14 @@ def configs() -> list[Config]:
     return [config(BLOCK=256, num_warps=4)]
 
 
-def seeded_dropout_fwd(x: Tensor, rate: float, seed: int) -> Tensor:
+def drawn_by(rows: Tensor | None, rate: float) -> Tensor | None:
+    """What the kernels take as random rows: nothing where nothing is drawn."""
+    return None if rows is None or rate == 0.0 else rows.contiguous()
+
+
+def seeded_dropout_fwd(x: Tensor, rate: float, seed: int, random_rows: Tensor | None = None) -> Tensor:
     """``x`` times its mask, contiguous. The gradient is the same function of the upstream gradient."""
-    x = x.contiguous()
+    x, random_rows = x.contiguous(), drawn_by(random_rows, rate)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
@@ -86,7 +104,7 @@ def seeded_dropout_fwd(x: Tensor, rate: float, seed: int) -> Tensor:
     rows, octets = x.numel() // width, -(-width // OCTET)
     c = configs()[0]
     _seeded_dropout_kernel[(triton.cdiv(rows * octets, c["BLOCK"]),)](
-        x, y, rows * octets, width, octets, *seed_words(seed), dropped_levels(rate), kept_factor(rate),
-        FLAT=width % OCTET == 0, **c.launch(),
+        x, y, random_rows, rows * octets, width, octets, *seed_words(seed), dropped_levels(rate),
+        kept_factor(rate), FLAT=width % OCTET == 0, ROWS=random_rows is not None, **c.launch(),
     )  # fmt: skip
     return y

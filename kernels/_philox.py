@@ -53,17 +53,21 @@ def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & MASK
 
 
-def uniform_ids(num_rows: int, num_columns: int, num_items: int, seed: int, device: torch.device) -> Tensor:
+def uniform_ids(
+    num_rows: int, num_columns: int, num_items: int, seed: int, device: torch.device, rows: Tensor | None = None
+) -> Tensor:
     """Ids 1..num_items drawn uniformly with replacement, int32 [num_rows, num_columns].
 
     Row l uses the counters ``l * ceil(num_columns / 4) + 0, 1, ...``, four columns each. 32 bits become an id by the
     upper half of a product, ``1 + bits * num_items / 2^32``: an item's probability differs from 1 / num_items by
     less than 2^-32, a share of less than num_items / 2^32 of itself.
 
-    num_items: 1..2^31 - 1. seed: 0..2^64 - 1.
+    num_items: 1..2^31 - 1. seed: 0..2^64 - 1. rows: [num_rows] int64, the l of each row; None: 0..num_rows - 1.
     """
     fours = -(-num_columns // 4)
     counter = torch.arange(num_rows * fours, dtype=torch.int64, device=device)
+    if rows is not None:
+        counter = (rows[:, None] * fours + counter[:fours]).view(-1)
     words = philox_4x32(counter & MASK, counter >> 32, seed, STREAM_NEGATIVES)
     bits = torch.stack(words, dim=1).view(num_rows, 4 * fours)[:, :num_columns]
     # bits * num_items stays below 2^63.

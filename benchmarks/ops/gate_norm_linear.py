@@ -65,13 +65,16 @@ def make(sizes: Sizes, device: torch.device, dtype: torch.dtype, generator: torc
     )
 
 
-def _launch(width: int, dim: int, dtype: torch.dtype, stream: torch.dtype, rate: float, rms: bool = False) -> Any:
+def _launch(
+    width: int, dim: int, dtype: torch.dtype, stream: torch.dtype, rate: float, rms: bool = False,
+    rows: Tensor | None = None,
+) -> Any:  # fmt: skip
     from kernels.gate_norm_linear.kernel import gate_norm_linear_bwd, gate_norm_linear_fwd
 
     av, u = torch.randn(70, width).to(dtype), torch.randn(70, 4 * width).to(dtype)[:, :width]
     weight, bias, residual = torch.randn(width, dim), torch.randn(dim), torch.randn(70, dim).to(stream)
-    gate_norm_linear_fwd(av, u, weight, bias, residual, 1e-6, rms, rate, SEED, dtype)
-    return gate_norm_linear_bwd(residual, av, u, weight, 1e-6, rms, rate, SEED, dtype)
+    gate_norm_linear_fwd(av, u, weight, bias, residual, 1e-6, rms, rate, SEED, dtype, rows)
+    return gate_norm_linear_bwd(residual, av, u, weight, 1e-6, rms, rate, SEED, dtype, rows)
 
 
 def aot_cases() -> list[AotCase]:
@@ -86,6 +89,9 @@ def aot_cases() -> list[AotCase]:
         ("books bfloat16", partial(_launch, 64, 64, half, half, 0.5), one),
         ("ml-20m bfloat16", partial(_launch, 256, 256, half, half, 0.2), fused),
         ("ml-20m bfloat16 of float32", partial(_launch, 256, 256, half, full, 0.2), fused),
+        ("ml-1m bfloat16, random rows", partial(_launch, 50, 50, half, half, 0.2, rows=torch.arange(70)), one),
+        ("ml-20m bfloat16, random rows", partial(_launch, 256, 256, half, half, 0.2, rows=torch.arange(70)), fused),
+        ("large bfloat16, random rows", partial(_launch, 512, 512, half, half, 0.2, rows=torch.arange(70)), wide),
         ("large bfloat16", partial(_launch, 512, 512, half, half, 0.2), wide),
         ("large bfloat16 of float32", partial(_launch, 512, 512, half, full, 0.0), wide),
         ("ml-1m float32", partial(_launch, 50, 50, full, full, 0.2)),

@@ -117,7 +117,7 @@ def make(sizes: Sizes, device: torch.device, dtype: torch.dtype, generator: torc
     )
 
 
-def _launch(dim: int, dtype: torch.dtype) -> None:
+def _launch(dim: int, dtype: torch.dtype, rows: Tensor | None = None) -> None:
     from kernels._dropout_kernel import seeded_dropout_fwd
     from kernels.jagged import kernel
 
@@ -126,9 +126,9 @@ def _launch(dim: int, dtype: torch.dtype) -> None:
     joined = kernel.concat_jagged_fwd(a, offsets, a, offsets)
     kernel.split_jagged_fwd(joined, offsets, offsets, 70)
     kernel.dense_to_jagged_fwd(kernel.jagged_to_dense_fwd(a, offsets, 40, 0.0), offsets, 70)
-    kernel.add_positions_fwd(a, table, offsets, 7.0, 0.2, SEED, torch.float32)
-    kernel.add_positions_bwd(torch.randn(70, dim), offsets, 211, 40, 7.0, 0.2, SEED, dtype, torch.float32)
-    seeded_dropout_fwd(a, 0.2, SEED)
+    kernel.add_positions_fwd(a, table, offsets, 7.0, 0.2, SEED, torch.float32, rows)
+    kernel.add_positions_bwd(torch.randn(70, dim), offsets, 211, 40, 7.0, 0.2, SEED, dtype, torch.float32, rows)
+    seeded_dropout_fwd(a, 0.2, SEED, rows)
 
 
 def aot_cases() -> list[AotCase]:
@@ -137,4 +137,6 @@ def aot_cases() -> list[AotCase]:
         ("ml-1m bfloat16", partial(_launch, 50, torch.bfloat16)),
         ("ml-20m bfloat16", partial(_launch, 256, torch.bfloat16)),
         ("large bfloat16", partial(_launch, 512, torch.bfloat16)),
+        ("ml-1m bfloat16, random rows", partial(_launch, 50, torch.bfloat16, torch.arange(70))),
+        ("large bfloat16, random rows", partial(_launch, 512, torch.bfloat16, torch.arange(70))),
     ]

@@ -136,6 +136,13 @@ def aot_cases() -> list[AotCase]:
             for dtype in (torch.bfloat16, torch.float32)
             if not (fixed and dtype == torch.float32)
         ),
+        *(
+            (
+                f"{name} bf16, random rows",
+                partial(_compile_sampled, width, 128, torch.bfloat16, False, torch.arange(8)),
+            )
+            for name, width in (("ml-1m D50 R128", 50), ("ml-20m D256 R128", 256))
+        ),
         (
             "bank D256 bf16",
             partial(_compile_bank, 256, torch.bfloat16),
@@ -148,11 +155,11 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
-def _compile_sampled(width: int, count: int, dtype: torch.dtype, fixed: bool) -> None:
+def _compile_sampled(width: int, count: int, dtype: torch.dtype, fixed: bool, rows: torch.Tensor | None = None) -> None:
     from kernels.sampled_softmax.kernel import Draws, finish, sampled_softmax_bwd, sampled_softmax_fwd, touched
 
     queries, table = torch.ones(8, width, dtype=dtype), torch.ones(99, width, dtype=dtype)
-    labels, draws = torch.ones(8, dtype=torch.int64), Draws(None, count, 2**40)
+    labels, draws = torch.ones(8, dtype=torch.int64), Draws(None, count, 2**40, rows)
     options: tuple[float, bool, float] = (1 / TEMPERATURE, True, 1e-6)
     _, lse = sampled_softmax_fwd(queries, table, labels, draws, None, None, *options)
     _, sums, quantum = sampled_softmax_bwd(torch.ones(8), queries, table, labels, draws, None, lse, *options, fixed)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._dropout import OCTET, dropped_levels, kept_factor
-from kernels._dropout_kernel import keep_tile, seed_words
+from kernels._dropout_kernel import drawn_by, drawn_rows, keep_tile, seed_words
 from kernels._launch import (
     Config,
     config,
@@ -49,12 +49,12 @@ PROGRAMS_PER_SM = 2
 
 
 @triton.jit
-def _gate(normed, u, rows, start, octets, seed_low, seed_high, dropped, factor,
+def _gate(normed, u, drawn, start, octets, seed_low, seed_high, dropped, factor,
           DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """normed * u with dropout, for the columns from ``start`` on."""
+    """normed * u with dropout, for the columns from ``start`` on; drawn: rows whose masks are taken."""
     gated = normed * u
     if DROPOUT:
-        keep = keep_tile(seed_low, seed_high, dropped, rows, start, octets, BLOCK_L, BLOCK_K)
+        keep = keep_tile(seed_low, seed_high, dropped, drawn, start, octets, BLOCK_L, BLOCK_K)
         gated = tl.where(keep, gated * factor, 0.0)
     return gated
 
@@ -73,11 +73,11 @@ def _store_projection(product, bias_ptr, residual_ptr, y_ptr, rows, row_valid, c
 
 @triton.jit(do_not_specialize=["num_rows", "seed_low", "seed_high", "dropped"])
 def _gate_norm_linear_fwd_kernel(
-    av_ptr, u_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, num_rows, columns_per_program,
+    av_ptr, u_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, random_rows, num_rows, columns_per_program,
     eps, seed_low, seed_high, dropped, factor,
     width: tl.constexpr, num_columns: tl.constexpr, av_stride: tl.constexpr, u_stride: tl.constexpr,
     w_stride: tl.constexpr, residual_stride: tl.constexpr, octets: tl.constexpr,
-    RMS: tl.constexpr, DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    RMS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = Dropout(u * norm(av)) W + bias + residual, the product in DTYPE; BLOCK_K covers W.
@@ -93,7 +93,8 @@ def _gate_norm_linear_fwd_kernel(
     av = tl.load(av_ptr + rows[:, None] * av_stride + inner[None, :], mask=valid, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + rows[:, None] * u_stride + inner[None, :], mask=valid, other=0.0).to(tl.float32)
     mean, rstd = statistics(av, valid, width, eps, RMS)
-    gated = _gate(normed_tile(av, mean, rstd, valid), u, rows, 0, octets, seed_low, seed_high, dropped, factor,
+    drawn = drawn_rows(random_rows, rows, row_valid, ROWS)
+    gated = _gate(normed_tile(av, mean, rstd, valid), u, drawn, 0, octets, seed_low, seed_high, dropped, factor,
                   DROPOUT, BLOCK_L, BLOCK_K).to(DTYPE)  # fmt: skip
     for start in range(first, tl.minimum(first + columns_per_program, num_columns), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -106,10 +107,11 @@ def _gate_norm_linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "seed_low", "seed_high", "dropped"])
 def _gate_norm_linear_wide_fwd_kernel(
-    av_ptr, u_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, num_rows, eps, seed_low, seed_high, dropped, factor,
+    av_ptr, u_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, random_rows, num_rows, eps, seed_low, seed_high, dropped,
+    factor,
     width: tl.constexpr, num_columns: tl.constexpr, av_stride: tl.constexpr, u_stride: tl.constexpr,
     w_stride: tl.constexpr, residual_stride: tl.constexpr, octets: tl.constexpr,
-    RMS: tl.constexpr, DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    RMS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """As the narrow kernel, for rows too wide to be held: statistics first, then the gate in chunks of BLOCK_K.
@@ -122,6 +124,7 @@ def _gate_norm_linear_wide_fwd_kernel(
     row_valid = rows < num_rows
     columns = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     mean, rstd = chunked_statistics(av_ptr, rows, row_valid, av_stride, width, eps, RMS, BLOCK_L, BLOCK_K)
+    drawn = drawn_rows(random_rows, rows, row_valid, ROWS)
     product = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -130,7 +133,7 @@ def _gate_norm_linear_wide_fwd_kernel(
         u = tl.load(u_ptr + rows[:, None] * u_stride + inner[None, :], mask=valid, other=0.0).to(tl.float32)
         w_valid = (inner < width)[:, None] & (columns < num_columns)[None, :]
         w = tl.load(w_ptr + inner[:, None] * w_stride + columns[None, :], mask=w_valid, other=0.0)
-        gated = _gate(normed_tile(av, mean, rstd, valid), u, rows, start, octets, seed_low, seed_high, dropped, factor,
+        gated = _gate(normed_tile(av, mean, rstd, valid), u, drawn, start, octets, seed_low, seed_high, dropped, factor,
                       DROPOUT, BLOCK_L, BLOCK_K)  # fmt: skip
         product = tl.dot(gated.to(DTYPE), w.to(DTYPE), product, input_precision=PRECISION)
     _store_projection(product, bias_ptr, residual_ptr, y_ptr, rows, row_valid, columns, num_columns, residual_stride)
@@ -138,11 +141,11 @@ def _gate_norm_linear_wide_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "seed_low", "seed_high", "dropped"])
 def _gate_norm_linear_bwd_kernel(
-    grad_ptr, av_ptr, u_ptr, w_ptr, d_av_ptr, d_u_ptr, partials_ptr, num_rows,
+    grad_ptr, av_ptr, u_ptr, w_ptr, d_av_ptr, d_u_ptr, partials_ptr, random_rows, num_rows,
     eps, seed_low, seed_high, dropped, factor,
     width: tl.constexpr, num_columns: tl.constexpr, grad_stride: tl.constexpr, av_stride: tl.constexpr,
     u_stride: tl.constexpr, w_stride: tl.constexpr, octets: tl.constexpr,
-    RMS: tl.constexpr, DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    RMS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Everything for small widths: BLOCK_K covers W, BLOCK_N covers D. Program p takes row blocks p, p + P, ...
@@ -171,7 +174,8 @@ def _gate_norm_linear_bwd_kernel(
         normed = normed_tile(av, mean, rstd, valid)
         gated = normed * u
         if DROPOUT:
-            keep = keep_tile(seed_low, seed_high, dropped, rows, 0, octets, BLOCK_L, BLOCK_K)
+            drawn = drawn_rows(random_rows, rows, row_valid, ROWS)
+            keep = keep_tile(seed_low, seed_high, dropped, drawn, 0, octets, BLOCK_L, BLOCK_K)
             d_gated = tl.where(keep, d_gated * factor, 0.0)
             gated = tl.where(keep, gated * factor, 0.0)
         d_weight = tl.dot(tl.trans(gated.to(DTYPE)), operand, d_weight, input_precision=PRECISION)
@@ -186,9 +190,11 @@ def _gate_norm_linear_bwd_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "seed_low", "seed_high", "dropped"])
 def _gate_kernel(
-    av_ptr, u_ptr, d_gated_ptr, gated_ptr, d_av_ptr, d_u_ptr, num_rows, eps, seed_low, seed_high, dropped, factor,
+    av_ptr, u_ptr, d_gated_ptr, gated_ptr, d_av_ptr, d_u_ptr, random_rows, num_rows, eps, seed_low, seed_high, dropped,
+    factor,
     width: tl.constexpr, av_stride: tl.constexpr, u_stride: tl.constexpr, octets: tl.constexpr,
-    RMS: tl.constexpr, DROPOUT: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+    RMS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gated = Dropout(u * norm(av)) in the product's dtype; BACKWARD: also d_av and d_u from d_gated.
 
@@ -204,7 +210,8 @@ def _gate_kernel(
     normed = normed_tile(av, mean, rstd, valid)
     gated = normed * u
     if DROPOUT:
-        keep = keep_tile(seed_low, seed_high, dropped, rows, 0, octets, BLOCK_L, BLOCK_K)
+        drawn = drawn_rows(random_rows, rows, rows < num_rows, ROWS)
+        keep = keep_tile(seed_low, seed_high, dropped, drawn, 0, octets, BLOCK_L, BLOCK_K)
         gated = tl.where(keep, gated * factor, 0.0)
     tl.store(gated_ptr + packed, gated.to(gated_ptr.dtype.element_ty), mask=valid)
     if BACKWARD:
@@ -265,8 +272,9 @@ def _dropout_arguments(rate: float, seed: int) -> tuple[int, int, int, float]:
 
 
 def _elementwise(
-    av: Tensor, u: Tensor, d_gated: Tensor | None, eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    av: Tensor, u: Tensor, d_gated: Tensor | None, eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype,
+    rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(gated, d_av, d_u); without d_gated the last two are gated itself and mean nothing."""
     (length, width), c = av.shape, rows_config(av.shape[1])
     gated = torch.empty(length, width, dtype=dtype, device=av.device)
@@ -275,25 +283,26 @@ def _elementwise(
         d_av = torch.empty(length, width, dtype=av.dtype, device=av.device)
         d_u = torch.empty(length, width, dtype=u.dtype, device=u.device)
     _gate_kernel[(triton.cdiv(length, c["BLOCK_L"]),)](
-        av, u, gated if d_gated is None else d_gated, gated, d_av, d_u, length,
+        av, u, gated if d_gated is None else d_gated, gated, d_av, d_u, rows, length,
         eps, *_dropout_arguments(rate, seed), width, av.stride(0), u.stride(0), triton.cdiv(width, OCTET),
-        RMS=rms, DROPOUT=rate > 0, BACKWARD=d_gated is not None, **c.launch(),
+        RMS=rms, DROPOUT=rate > 0, ROWS=rows is not None, BACKWARD=d_gated is not None, **c.launch(),
     )  # fmt: skip
     return gated, d_av, d_u
 
 
 def gate_norm_linear_fwd(
     av: Tensor, u: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
-    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, how: Products | None = None,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, rows: Tensor | None = None,
+    how: Products | None = None,
 ) -> Tensor:  # fmt: skip
     """y [L, D] in residual's dtype, contiguous. dtype: of the product; how: for tests and benchmarks."""
     (length, width), out_width = av.shape, weight.shape[1]
     if length == 0 or out_width == 0:
         return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     how = how or products("gate_norm_linear", width, out_width, dtype, target_arch(av.device))
-    av, u, residual = unit_stride(av), unit_stride(u), unit_stride(residual)
+    av, u, residual, rows = unit_stride(av), unit_stride(u), unit_stride(residual), drawn_by(rows, rate)
     if how.forward == "blas":
-        gated = _elementwise(av, u, None, eps, rms, rate, seed, dtype)[0]
+        gated = _elementwise(av, u, None, eps, rms, rate, seed, dtype, rows)[0]
         out = torch.addmm(bias.to(dtype), gated, weight.to(dtype))
         return torch.add(residual, out).to(residual.dtype)
     weight, bias = kernel_weight(weight, dtype), unit_stride(bias)
@@ -301,11 +310,11 @@ def gate_norm_linear_fwd(
     def launch(c: Config) -> Tensor:
         y = torch.empty(length, out_width, dtype=residual.dtype, device=residual.device)
         row_blocks = triton.cdiv(length, c["BLOCK_L"])
-        tensors, constants = (av, u, weight, bias, residual, y), {
+        tensors, constants = (av, u, weight, bias, residual, y, rows), {
             "width": width, "num_columns": out_width, "octets": triton.cdiv(width, OCTET),
             "av_stride": av.stride(0), "u_stride": u.stride(0), "w_stride": weight.stride(0),
-            "residual_stride": residual.stride(0), "RMS": rms, "DROPOUT": rate > 0, "DTYPE": TL_DTYPES[dtype],
-            "PRECISION": dot_precision(), **c.launch(),
+            "residual_stride": residual.stride(0), "RMS": rms, "DROPOUT": rate > 0, "ROWS": rows is not None,
+            "DTYPE": TL_DTYPES[dtype], "PRECISION": dot_precision(), **c.launch(),
         }  # fmt: skip
         if c["BLOCK_K"] < width:
             tiles = row_blocks * triton.cdiv(out_width, c["BLOCK_N"])
@@ -325,7 +334,7 @@ def gate_norm_linear_fwd(
 
 def _bwd_in_one(
     grad: Tensor, av: Tensor, u: Tensor, weight: Tensor,
-    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (length, width), out_width = av.shape, weight.shape[1]
     taken = kernel_weight(weight, dtype)
@@ -336,9 +345,10 @@ def _bwd_in_one(
         programs = min(triton.cdiv(length, c["BLOCK_L"]), num_sms(av.device))
         partials = torch.empty(programs, (width + 1) * out_width, dtype=torch.float32, device=av.device)
         _gate_norm_linear_bwd_kernel[(programs,)](
-            grad, av, u, taken, d_av, d_u, partials, length, eps, *_dropout_arguments(rate, seed),
+            grad, av, u, taken, d_av, d_u, partials, rows, length, eps, *_dropout_arguments(rate, seed),
             width, out_width, grad.stride(0), av.stride(0), u.stride(0), taken.stride(0), triton.cdiv(width, OCTET),
-            RMS=rms, DROPOUT=rate > 0, DTYPE=TL_DTYPES[dtype], PRECISION=dot_precision(), **c.launch(),
+            RMS=rms, DROPOUT=rate > 0, ROWS=rows is not None, DTYPE=TL_DTYPES[dtype], PRECISION=dot_precision(),
+            **c.launch(),
         )  # fmt: skip
         d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         d_bias = torch.empty(out_width, dtype=weight.dtype, device=weight.device)
@@ -351,18 +361,19 @@ def _bwd_in_one(
 
 def gate_norm_linear_bwd(
     grad: Tensor, av: Tensor, u: Tensor, weight: Tensor,
-    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, how: Products | None = None,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, rows: Tensor | None = None,
+    how: Products | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of av, u and weight in their dtypes, and of the bias in weight's. grad: [L, D]."""
     (length, width), out_width = av.shape, weight.shape[1]
     if length == 0 or out_width == 0:
         return torch.zeros_like(av), torch.zeros_like(u), torch.zeros_like(weight), weight.new_zeros(out_width)
     how = how or products("gate_norm_linear", width, out_width, dtype, target_arch(av.device))
-    grad, av, u = unit_stride(grad), unit_stride(av), unit_stride(u)
+    grad, av, u, rows = unit_stride(grad), unit_stride(av), unit_stride(u), drawn_by(rows, rate)
     if how.backward == "one":
-        return _bwd_in_one(grad, av, u, weight, eps, rms, rate, seed, dtype)
+        return _bwd_in_one(grad, av, u, weight, eps, rms, rate, seed, dtype, rows)
     operand = grad.to(dtype)
     d_gated = torch.mm(operand, weight.to(dtype).mT)
-    gated, d_av, d_u = _elementwise(av, u, d_gated, eps, rms, rate, seed, dtype)
+    gated, d_av, d_u = _elementwise(av, u, d_gated, eps, rms, rate, seed, dtype, rows)
     d_weight = mm_to(gated.mT, operand, weight.dtype)
     return d_av, d_u, d_weight, grad.sum(0, dtype=torch.float32).to(weight.dtype)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kernels._backend import choose
 from kernels._common import no_autocast
+from kernels._dropout import check_rows
 from kernels._projection import check_norm, product_dtype
 from kernels.gate_norm_linear.cpu import gate_norm_linear_torch, gate_norm_linear_torch_backward
 
 
 def gate_norm_linear(
     av: Tensor, u: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
-    eps: float = 1e-6, dropout: float = 0.0, seed: int | None = None, norm: str = "layer",
+    eps: float = 1e-6, dropout: float = 0.0, seed: int | None = None, norm: str = "layer", rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``Dropout(u * norm(av)) W + bias + residual``; the backward recomputes norm, gate and mask.
 
@@ -34,12 +35,13 @@ def gate_norm_linear(
         dropout: rate in [0, 1).
         seed: >= 0. The mask is a function of it; None: no dropout (evaluation).
         norm: ``layer`` (LayerNorm, published) or ``rms`` (RMSNorm: no mean subtracted).
+        rows: [L] int64, >= 0. Row whose mask each row takes; None: its own, 0..L-1.
 
     Returns:
         [L, D] in residual's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices, the norm or the rate do not fit.
+        ValueError: shapes, dtypes, devices, the norm, the rate or the rows do not fit.
 
     Source: Zhai et al. 2024, equation 3.
     """
@@ -54,6 +56,7 @@ def gate_norm_linear(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout}: expected in [0, 1)")
     check_norm(norm, eps)
+    check_rows(rows, (av.shape[0],), av)
     tensors = {"av": av, "u": u, "weight": weight, "bias": bias, "residual": residual}
     if len({t.device for t in tensors.values()}) > 1:
         raise ValueError("av, u, weight, bias, residual: expected one device")
@@ -63,56 +66,57 @@ def gate_norm_linear(
     triton = choose("gate_norm_linear", av.device, av.dtype).backend == "triton"
     rate = dropout if seed is not None else 0.0
     return torch.ops.hstu.gate_norm_linear(
-        av, u, weight, bias, residual, eps, norm == "rms", rate, seed or 0, product_dtype(av), triton
+        av, u, weight, bias, residual, eps, norm == "rms", rate, seed or 0, product_dtype(av), triton, rows
     )
 
 
 @torch.library.custom_op("hstu::gate_norm_linear", mutates_args=())
 def _gate_norm_linear(
     av: Tensor, u: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
-    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, triton: bool,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, triton: bool, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     with no_autocast(av.device):
         if triton:
             from kernels.gate_norm_linear.kernel import gate_norm_linear_fwd
 
-            return gate_norm_linear_fwd(av, u, weight, bias, residual, eps, rms, rate, seed, dtype)
-        return gate_norm_linear_torch(av, u, weight, bias, residual, eps, rms, rate, seed, dtype)
+            return gate_norm_linear_fwd(av, u, weight, bias, residual, eps, rms, rate, seed, dtype, rows)
+        return gate_norm_linear_torch(av, u, weight, bias, residual, eps, rms, rate, seed, dtype, rows)
 
 
 @_gate_norm_linear.register_fake
-def _(av, u, weight, bias, residual, eps, rms, rate, seed, dtype, triton):  # type: ignore[no-untyped-def]
+def _(av, u, weight, bias, residual, eps, rms, rate, seed, dtype, triton, rows=None):  # type: ignore[no-untyped-def]
     return residual.new_empty(residual.shape)
 
 
 @torch.library.custom_op("hstu::gate_norm_linear_backward", mutates_args=())
 def _gate_norm_linear_backward(
     grad: Tensor, av: Tensor, u: Tensor, weight: Tensor,
-    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, triton: bool,
+    eps: float, rms: bool, rate: float, seed: int, dtype: torch.dtype, triton: bool, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with no_autocast(av.device):
         if triton:
             from kernels.gate_norm_linear.kernel import gate_norm_linear_bwd
 
-            return gate_norm_linear_bwd(grad, av, u, weight, eps, rms, rate, seed, dtype)
-        return gate_norm_linear_torch_backward(grad, av, u, weight, eps, rms, rate, seed, dtype)
+            return gate_norm_linear_bwd(grad, av, u, weight, eps, rms, rate, seed, dtype, rows)
+        return gate_norm_linear_torch_backward(grad, av, u, weight, eps, rms, rate, seed, dtype, rows)
 
 
 @_gate_norm_linear_backward.register_fake
-def _(grad, av, u, weight, eps, rms, rate, seed, dtype, triton):  # type: ignore[no-untyped-def]
+def _(grad, av, u, weight, eps, rms, rate, seed, dtype, triton, rows=None):  # type: ignore[no-untyped-def]
     d_weight, d_bias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[1])
     return av.new_empty(av.shape), u.new_empty(u.shape), d_weight, d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    av, u, weight, bias, _, *ctx.rest = inputs
+    av, u, weight, bias, _, *ctx.rest, rows = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(av, u, weight)
+    ctx.save_for_backward(av, u, weight, rows)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    d_av, d_u, d_weight, d_bias = torch.ops.hstu.gate_norm_linear_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return d_av, d_u, d_weight, d_bias.to(ctx.bias_dtype), grad, *[None] * 6
+    *tensors, rows = ctx.saved_tensors
+    d_av, d_u, d_weight, d_bias = torch.ops.hstu.gate_norm_linear_backward(grad, *tensors, *ctx.rest, rows)
+    return d_av, d_u, d_weight, d_bias.to(ctx.bias_dtype), grad, *[None] * 7
 
 
 _gate_norm_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._dropout import OCTET, dropped_levels, kept_factor
-from kernels._dropout_kernel import keep_tile, seed_words
+from kernels._dropout_kernel import drawn_by, drawn_rows, keep_tile, seed_words
 from kernels._launch import Config, config, interpreting, power_of_two, unit_stride
 
 COUNTS = ["num_rows", "num_users", "steps"]
@@ -106,10 +106,10 @@ def _to_jagged_kernel(
 
 @triton.jit(do_not_specialize=[*COUNTS, "seed_low", "seed_high", "dropped"])
 def _add_positions_fwd_kernel(
-    events_ptr, table_ptr, out_ptr, offsets_ptr, num_rows, num_users, steps, scale,
+    events_ptr, table_ptr, out_ptr, offsets_ptr, random_rows, num_rows, num_users, steps, scale,
     seed_low, seed_high, dropped, factor,
     width: tl.constexpr, stride: tl.constexpr, table_stride: tl.constexpr, octets: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out: [L, D] contiguous = Dropout(scale * events + table[position])."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -124,17 +124,18 @@ def _add_positions_fwd_kernel(
     added = tl.load(table_ptr + position[:, None] * table_stride + columns[None, :], mask=inside, other=0.0)
     out = events.to(tl.float32) * scale + added.to(tl.float32)
     if DROPOUT:
-        keep = keep_tile(seed_low, seed_high, dropped, rows, first, octets, BLOCK_L, BLOCK_D)
+        drawn = drawn_rows(random_rows, rows, valid, ROWS)
+        keep = keep_tile(seed_low, seed_high, dropped, drawn, first, octets, BLOCK_L, BLOCK_D)
         out = tl.where(keep, out * factor, 0.0)
     tl.store(out_ptr + rows[:, None] * width + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_users", "max_len", "seed_low", "seed_high", "dropped"])
 def _add_positions_bwd_kernel(
-    grad_ptr, d_events_ptr, d_table_ptr, offsets_ptr, num_users, max_len, scale,
+    grad_ptr, d_events_ptr, d_table_ptr, offsets_ptr, random_rows, num_users, max_len, scale,
     seed_low, seed_high, dropped, factor,
     width: tl.constexpr, stride: tl.constexpr, octets: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d_events: [L, D] and d_table: [N, D], contiguous. A program owns one position: it visits that row of every
     user, BLOCK_B users at a time, so each row is visited once and the sum over users needs neither atomics nor
@@ -151,7 +152,8 @@ def _add_positions_bwd_kernel(
         inside = (rows < stop)[:, None] & (columns < width)[None, :]
         grad = tl.load(grad_ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            keep = keep_tile(seed_low, seed_high, dropped, rows, first, octets, BLOCK_B, BLOCK_D)
+            drawn = drawn_rows(random_rows, rows, rows < stop, ROWS)
+            keep = keep_tile(seed_low, seed_high, dropped, drawn, first, octets, BLOCK_B, BLOCK_D)
             grad = tl.where(keep, grad * factor, 0.0)
         total += tl.sum(grad, axis=0)
         d_events = (grad * scale).to(d_events_ptr.dtype.element_ty)
@@ -252,24 +254,26 @@ def _dropout_arguments(rate: float, seed: int) -> tuple[int, int, int, float]:
 
 
 def add_positions_fwd(
-    events: Tensor, table: Tensor, offsets: Tensor, scale: float, rate: float, seed: int, dtype: torch.dtype
-) -> Tensor:
+    events: Tensor, table: Tensor, offsets: Tensor, scale: float, rate: float, seed: int, dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """[L, D] contiguous, in ``dtype``."""
     (num_rows, width), offsets, num_users = events.shape, offsets.contiguous(), offsets.shape[0] - 1
     out = torch.empty(num_rows, width, dtype=dtype, device=events.device)
     if out.numel() == 0:
         return out
-    events, table, c = _flat(events, 1), _flat(table, 1), tile(width, 16)
+    events, table, rows, c = _flat(events, 1), _flat(table, 1), drawn_by(rows, rate), tile(width, 16)
     _add_positions_fwd_kernel[_grid(num_rows, width, c)](
-        events, table, out, offsets, num_rows, num_users, _steps(num_users), scale, *_dropout_arguments(rate, seed),
-        width, events.stride(0), table.stride(0), triton.cdiv(width, OCTET), DROPOUT=rate > 0, **c.launch(),
+        events, table, out, offsets, rows, num_rows, num_users, _steps(num_users), scale,
+        *_dropout_arguments(rate, seed), width, events.stride(0), table.stride(0), triton.cdiv(width, OCTET),
+        DROPOUT=rate > 0, ROWS=rows is not None, **c.launch(),
     )  # fmt: skip
     return out
 
 
 def add_positions_bwd(
     grad: Tensor, offsets: Tensor, num_positions: int, max_len: int, scale: float, rate: float, seed: int,
-    events_dtype: torch.dtype, table_dtype: torch.dtype,
+    events_dtype: torch.dtype, table_dtype: torch.dtype, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of events [L, D] and of the table [num_positions, D], contiguous."""
     num_rows, width = grad.shape
@@ -277,10 +281,11 @@ def add_positions_bwd(
     d_table = torch.empty(num_positions, width, dtype=table_dtype, device=grad.device)
     if d_table.numel() == 0:
         return d_events, d_table
-    grad, offsets, columns = _flat(grad, 1), offsets.contiguous(), min(MAX_COLUMNS, power_of_two(width))
+    grad, offsets, rows = _flat(grad, 1), offsets.contiguous(), drawn_by(rows, rate)
+    columns = min(MAX_COLUMNS, power_of_two(width))
     _add_positions_bwd_kernel[(num_positions, triton.cdiv(width, columns))](
-        grad, d_events, d_table, offsets, offsets.shape[0] - 1, max_len, scale, *_dropout_arguments(rate, seed),
+        grad, d_events, d_table, offsets, rows, offsets.shape[0] - 1, max_len, scale, *_dropout_arguments(rate, seed),
         width, grad.stride(0), triton.cdiv(width, OCTET),
-        DROPOUT=rate > 0, BLOCK_B=BLOCK_USERS, BLOCK_D=columns, num_warps=4,
+        DROPOUT=rate > 0, ROWS=rows is not None, BLOCK_B=BLOCK_USERS, BLOCK_D=columns, num_warps=4,
     )  # fmt: skip
     return d_events, d_table

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels._backend import choose
-from kernels._dropout import check_rate, seeded_dropout
+from kernels._dropout import FAKE, check_rate, check_rows, seeded_dropout
 from kernels.jagged import cpu
 from kernels.jagged.cpu import positions_of
 
@@ -146,7 +146,7 @@ def dense_to_jagged(dense: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
 
 def add_positions(
     events: Tensor, table: Tensor, offsets: Tensor, scale: float, max_len: int,
-    dropout: float = 0.0, seed: int | None = None,
+    dropout: float = 0.0, seed: int | None = None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``Dropout(scale * events + table[position])``, position being the index within the user: the input of a model.
 
@@ -158,6 +158,7 @@ def add_positions(
         max_len: at least the longest user, at most N.
         dropout: rate in [0, 1).
         seed: >= 0. The mask is a function of it (``kernels/_dropout.py``); None: no dropout (evaluation).
+        rows: [L] int64, >= 0. Row whose mask each row takes; None: its own, 0..L-1.
 
     Returns:
         [L, D] in the wider of both dtypes.
@@ -172,13 +173,14 @@ def add_positions(
     if not 0 <= max_len <= table.shape[0]:
         raise ValueError(f"max_len={max_len}: expected 0..{table.shape[0]}, the rows of the table")
     check_rate(dropout)
+    check_rows(rows, (events.shape[0],), events)
     _check_offsets("offsets", offsets, events, events.shape[0])
     dtype = torch.promote_types(events.dtype, table.dtype)
     if choose("jagged", events.device, dtype).backend == "triton":
         rate = dropout if seed is not None else 0.0
-        return torch.ops.hstu.add_positions(events, table, offsets, scale, max_len, rate, seed or 0)
-    rows = torch.nn.functional.embedding(positions_of(offsets, events.shape[0]), table)
-    return seeded_dropout(torch.add(rows, events, alpha=scale), dropout, seed)
+        return torch.ops.hstu.add_positions(events, table, offsets, scale, max_len, rate, seed or 0, rows)
+    added = torch.nn.functional.embedding(positions_of(offsets, events.shape[0]), table)
+    return seeded_dropout(torch.add(added, events, alpha=scale), dropout, seed, rows)
 
 
 def _on_triton(values: Tensor) -> bool:
@@ -208,10 +210,6 @@ def _check_offsets(name: str, offsets: Tensor, values: Tensor, num_rows: int) ->
         return
     if int(offsets[-1]) != num_rows:
         raise ValueError(f"{name} end at {int(offsets[-1])}: expected {num_rows}, the number of rows")
-
-
-FAKE = torch._subclasses.FakeTensor
-"""Has no values to check."""
 
 
 @torch.library.custom_op("hstu::concat_jagged", mutates_args=())
@@ -324,46 +322,46 @@ _dense_to_jagged.register_autograd(_backward_to_jagged, setup_context=_setup_to_
 
 @torch.library.custom_op("hstu::add_positions", mutates_args=())
 def _add_positions(
-    events: Tensor, table: Tensor, offsets: Tensor, scale: float, max_len: int, rate: float, seed: int
-) -> Tensor:
+    events: Tensor, table: Tensor, offsets: Tensor, scale: float, max_len: int, rate: float, seed: int,
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from kernels.jagged.kernel import add_positions_fwd
 
     dtype = torch.promote_types(events.dtype, table.dtype)
-    return add_positions_fwd(events, table, offsets, scale, rate, seed, dtype)
+    return add_positions_fwd(events, table, offsets, scale, rate, seed, dtype, rows)
 
 
 @_add_positions.register_fake
-def _(events, table, offsets, scale, max_len, rate, seed):  # type: ignore[no-untyped-def]
+def _(events, table, offsets, scale, max_len, rate, seed, rows=None):  # type: ignore[no-untyped-def]
     return events.new_empty(events.shape, dtype=torch.promote_types(events.dtype, table.dtype))
 
 
 @torch.library.custom_op("hstu::add_positions_backward", mutates_args=())
 def _add_positions_backward(
     grad: Tensor, offsets: Tensor, num_positions: int, scale: float, max_len: int, rate: float, seed: int,
-    events_dtype: torch.dtype, table_dtype: torch.dtype,
+    events_dtype: torch.dtype, table_dtype: torch.dtype, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from kernels.jagged.kernel import add_positions_bwd
 
-    return add_positions_bwd(grad, offsets, num_positions, max_len, scale, rate, seed, events_dtype, table_dtype)
+    return add_positions_bwd(grad, offsets, num_positions, max_len, scale, rate, seed, events_dtype, table_dtype, rows)
 
 
 @_add_positions_backward.register_fake
-def _(grad, offsets, num_positions, scale, max_len, rate, seed, events_dtype, table_dtype):  # type: ignore[no-untyped-def]
+def _(grad, offsets, num_positions, scale, max_len, rate, seed, events_dtype, table_dtype, rows=None):  # type: ignore[no-untyped-def]
     d_table = grad.new_empty(num_positions, grad.shape[1], dtype=table_dtype)
     return grad.new_empty(grad.shape, dtype=events_dtype), d_table
 
 
 def _setup_add_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    events, table, offsets, *ctx.rest = inputs
+    events, table, offsets, *ctx.rest, rows = inputs
     ctx.num_positions, ctx.dtypes = table.shape[0], (events.dtype, table.dtype)
-    ctx.save_for_backward(offsets)
+    ctx.save_for_backward(offsets, rows)
 
 
 def _backward_add_positions(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.hstu.add_positions_backward(
-        grad, *ctx.saved_tensors, ctx.num_positions, *ctx.rest, *ctx.dtypes
-    )
-    return *gradients, *[None] * 5
+    offsets, rows = ctx.saved_tensors
+    gradients = torch.ops.hstu.add_positions_backward(grad, offsets, ctx.num_positions, *ctx.rest, *ctx.dtypes, rows)
+    return *gradients, *[None] * 6
 
 
 _add_positions.register_autograd(_backward_add_positions, setup_context=_setup_add_positions)

@@ -68,11 +68,12 @@ def dense_to_jagged_reference(dense: Tensor, offsets: Tensor) -> Tensor:
 
 
 def add_positions_reference(
-    events: Tensor, table: Tensor, offsets: Tensor, scale: float, dropout: float = 0.0, seed: int | None = None
-) -> Tensor:
+    events: Tensor, table: Tensor, offsets: Tensor, scale: float, dropout: float = 0.0, seed: int | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     work = compute_dtype(events, table)
-    rows = [scale * events[user].to(work) + table[: user.stop - user.start].to(work) for user in users(offsets)]
-    out = torch.cat(rows)
+    parts = [scale * events[user].to(work) + table[: user.stop - user.start].to(work) for user in users(offsets)]
+    out = torch.cat(parts)
     if seed is not None and dropout > 0:
-        out = out * keep_scale(out.shape, dropout, seed, out)
+        out = out * keep_scale(out.shape, dropout, seed, out, rows)
     return out.to(torch.promote_types(events.dtype, table.dtype))

@@ -35,15 +35,21 @@ PAD_WIDTH = 16
 """Widths are padded to a multiple of this for the sampled product and the bags: no remainder loop."""
 
 
-def draw_negatives(num_positions: int, num_negatives: int, num_items: int, seed: int, device: torch.device) -> Tensor:
+def draw_negatives(
+    num_positions: int, num_negatives: int, num_items: int, seed: int, device: torch.device, rows: Tensor | None = None
+) -> Tensor:
     """Uniform ids 1..num_items with replacement, [num_positions, num_negatives] int32, a function of ``seed``.
+
+    rows: [num_positions] int64, >= 0. Position whose ids each position draws; None: its own.
 
     On CUDA, and where the Triton kernels were asked for, these are the ids that the Triton kernel draws.
     """
     if device.type == "cpu" and get_backend() != "triton":  # numpy draws bounded int32 faster than torch does
-        shape = (num_positions, num_negatives)
-        return torch.from_numpy(np.random.default_rng(seed).integers(1, num_items + 1, size=shape, dtype=np.int32))
-    return uniform_ids(num_positions, num_negatives, num_items, seed, device)
+        drawn = num_positions if rows is None or num_positions == 0 else int(rows.max()) + 1
+        shape = (drawn, num_negatives)
+        ids = np.random.default_rng(seed).integers(1, num_items + 1, size=shape, dtype=np.int32)
+        return torch.from_numpy(ids if rows is None else ids[rows.numpy()])
+    return uniform_ids(num_positions, num_negatives, num_items, seed, device, rows)
 
 
 def _padded(x: Tensor) -> Tensor:

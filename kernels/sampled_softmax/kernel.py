@@ -9,6 +9,8 @@ Legend: L total events, D model width, R negatives per position, V rows of the t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,13 +27,13 @@ FWD_BYTES, BWD_ELEMENTS = 16_384, 4_096
 
 @triton.jit
 def _columns(
-    seed, row, start, negatives, stride_nl, stride_nr, num_negatives, num_items,
+    seed, row, drawn, start, negatives, stride_nl, stride_nr, num_negatives, num_items,
     DRAWN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Ids [BLOCK_R] of the negatives start.. of a position; 0 past the last."""
+    """Ids [BLOCK_R] of the negatives start.. of a position; 0 past the last. drawn: the position whose draws it has."""
     slots = start + tl.arange(0, BLOCK_R)
     if DRAWN:
-        ids = draw_ids(seed, row, start, (num_negatives + 3) // 4, num_items, BLOCK_R)
+        ids = draw_ids(seed, drawn, start, (num_negatives + 3) // 4, num_items, BLOCK_R)
         ids = tl.where(slots < num_negatives, ids, 0)
     else:
         at = row * stride_nl + slots.to(tl.int64) * stride_nr
@@ -51,12 +53,15 @@ def _cosines(rows, q, inverse_q, eps, NORMALIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed", "num_items"])
 def _sampled_softmax_fwd_kernel(
-    queries, table, labels, negatives, log_q, label_log_q, loss, lse, seed: tl.int64, num_items: tl.int32,
-    num_negatives, scale, eps, stride_q, stride_nl, stride_nr,
+    queries, table, labels, negatives, log_q, label_log_q, loss, lse, random_rows, seed: tl.int64,
+    num_items: tl.int32, num_negatives, scale, eps, stride_q, stride_nl, stride_nr,
     D: tl.constexpr, STRIDE_E: tl.constexpr, DRAWN: tl.constexpr, NORMALIZE: tl.constexpr, LOG_Q: tl.constexpr,
-    LABEL_LOG_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    LABEL_LOG_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    drawn = row
+    if ROWS:
+        drawn = tl.load(random_rows + row)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     label = tl.load(labels + row).to(tl.int32)
@@ -77,7 +82,7 @@ def _sampled_softmax_fwd_kernel(
     total = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, num_negatives, BLOCK_R):
         ids = _columns(
-            seed, row, start, negatives, stride_nl, stride_nr, num_negatives, num_items, DRAWN, BLOCK_R
+            seed, row, drawn, start, negatives, stride_nl, stride_nr, num_negatives, num_items, DRAWN, BLOCK_R
         )  # fmt: skip
         counts = (ids > 0) & (ids != label)
         rows = tl.load(
@@ -99,12 +104,15 @@ def _sampled_softmax_fwd_kernel(
 
 @triton.jit(do_not_specialize=["seed", "num_items"])
 def _sampled_softmax_bwd_kernel(
-    grad, queries, table, labels, negatives, log_q, lse, slots, per_quantum, d_queries, d_table, seed: tl.int64,
-    num_items: tl.int32, num_negatives, scale, eps, stride_g, stride_q, stride_nl, stride_nr,
+    grad, queries, table, labels, negatives, log_q, lse, slots, per_quantum, d_queries, d_table, random_rows,
+    seed: tl.int64, num_items: tl.int32, num_negatives, scale, eps, stride_g, stride_q, stride_nl, stride_nr,
     D: tl.constexpr, STRIDE_E: tl.constexpr, DRAWN: tl.constexpr, NORMALIZE: tl.constexpr, LOG_Q: tl.constexpr,
-    SPARSE: tl.constexpr, FIXED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPARSE: tl.constexpr, FIXED: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    drawn = row
+    if ROWS:
+        drawn = tl.load(random_rows + row)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     label = tl.load(labels + row).to(tl.int32)
@@ -122,7 +130,7 @@ def _sampled_softmax_bwd_kernel(
     weights = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, num_negatives, BLOCK_R):
         ids = _columns(
-            seed, row, start, negatives, stride_nl, stride_nr, num_negatives, num_items, DRAWN, BLOCK_R
+            seed, row, drawn, start, negatives, stride_nl, stride_nr, num_negatives, num_items, DRAWN, BLOCK_R
         )  # fmt: skip
         counts = (ids > 0) & (ids != label)
         mask = counts[:, None] & in_d[None, :]
@@ -163,15 +171,18 @@ def _sampled_softmax_bwd_kernel(
 
 @triton.jit(do_not_specialize=["seed", "num_items"])
 def _mark_kernel(
-    labels, negatives, marks, seed: tl.int64, num_items: tl.int32, num_negatives, stride_nl, stride_nr,
-    DRAWN: tl.constexpr, BLOCK_R: tl.constexpr,
+    labels, negatives, marks, random_rows, seed: tl.int64, num_items: tl.int32, num_negatives, stride_nl, stride_nr,
+    DRAWN: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """marks[id] = 1 for the label and the negatives of a position."""
     row = tl.program_id(0).to(tl.int64)
+    drawn = row
+    if ROWS:
+        drawn = tl.load(random_rows + row)
     tl.store(marks + tl.load(labels + row).to(tl.int64), 1)
     for start in range(0, num_negatives, BLOCK_R):
         ids = _columns(
-            seed, row, start, negatives, stride_nl, stride_nr, num_negatives, num_items, DRAWN, BLOCK_R
+            seed, row, drawn, start, negatives, stride_nl, stride_nr, num_negatives, num_items, DRAWN, BLOCK_R
         )  # fmt: skip
         tl.store(marks + ids.to(tl.int64), tl.full([BLOCK_R], 1, tl.int32), mask=ids > 0)
 
@@ -187,18 +198,20 @@ def configs(width: int, num_negatives: int, elements: int, warps: tuple[int, ...
 
 
 class Draws:
-    """Where the negatives of a call come from: given [L, R], or drawn from a seed in the kernel."""
+    """Where the negatives of a call come from: given [L, R], or drawn from a seed in the kernel, at each position those
+    of the position that ``rows`` [L] names."""
 
-    def __init__(self, negatives: Tensor | None, num_negatives: int, seed: int) -> None:
+    def __init__(self, negatives: Tensor | None, num_negatives: int, seed: int, rows: Tensor | None = None) -> None:
         self.negatives, self.seed = negatives, seed
+        self.rows = None if rows is None or negatives is not None else rows.contiguous()
         self.count = num_negatives if negatives is None else negatives.shape[1]
 
-    def arguments(self) -> dict[str, int | bool]:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every kernel here takes."""
         strides = (0, 0) if self.negatives is None else self.negatives.stride()
         return {
             "seed": self.seed, "num_negatives": self.count, "stride_nl": strides[0], "stride_nr": strides[1],
-            "DRAWN": self.negatives is None,
+            "DRAWN": self.negatives is None, "random_rows": self.rows, "ROWS": self.rows is not None,
         }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import _common
 from kernels._backend import choose
+from kernels._dropout import check_rows
 from kernels.linear_cross_entropy.triton_op import softmax_blocks
 from kernels.sampled_softmax import cpu, triton_op  # noqa: F401  triton_op registers its op
 
@@ -30,6 +31,7 @@ def sampled_softmax(
     label_log_q: Tensor | None = None,
     deterministic: bool | None = None,
     sparse_grad: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross-entropy of each position over its label and its own negatives.
 
@@ -52,6 +54,8 @@ def sampled_softmax(
             ``torch.use_deterministic_algorithms`` was told. The torch path always does.
         sparse_grad: the table's gradient as a coalesced sparse tensor of the rows that occur. Triton path only, not
             under torch.compile; the backward waits for the device once.
+        rows: [L] int64, >= 0. Position whose drawn negatives each position takes; None: its own, 0..L-1. Of no use
+            with given ``negatives``.
 
     Returns:
         loss [L], float32 (float64 if an input is float64).
@@ -78,6 +82,7 @@ def sampled_softmax(
         _common.check_positive(num_negatives=num_negatives)
         _common.check_ids("negatives", negatives, (length, num_negatives), queries)
     _check_offsets(queries, log_q=(log_q, num_items + 1), label_log_q=(label_log_q, length))
+    check_rows(rows, (length,), queries)
     scale = 1.0 / temperature
     dtype = _common.operand_dtype(queries, table)
     choice = choose("sampled_softmax", queries.device, dtype)  # an explicit backend that cannot be met raises
@@ -86,10 +91,10 @@ def sampled_softmax(
     if choice.backend == "triton":
         return torch.ops.hstu.sampled_softmax_triton(
             queries, table, labels, negatives, _detached(log_q), _detached(label_log_q), num_negatives, seed, scale,
-            l2_normalize, eps, dtype, _common.deterministic_or(deterministic), sparse_grad,
+            l2_normalize, eps, dtype, _common.deterministic_or(deterministic), sparse_grad, rows,
         )[0]  # fmt: skip
     if negatives is None:
-        negatives = torch.ops.hstu.draw_negatives(labels, num_negatives, num_items, seed)
+        negatives = torch.ops.hstu.draw_negatives(labels, num_negatives, num_items, seed, rows)
     q, e = _common.prepare(queries, table, l2_normalize, eps)
     offsets = _detached(log_q), _detached(label_log_q)
     return torch.ops.hstu.sampled_softmax(q, e, labels, negatives, scale, *offsets)[0]
@@ -108,12 +113,14 @@ def _check_offsets(queries: Tensor, **offsets: tuple[Tensor | None, int]) -> Non
 
 
 @torch.library.custom_op("hstu::draw_negatives", mutates_args=())
-def _draw_negatives(labels: Tensor, num_negatives: int, num_items: int, seed: int) -> Tensor:
-    return cpu.draw_negatives(labels.shape[0], num_negatives, num_items, seed, labels.device)
+def _draw_negatives(
+    labels: Tensor, num_negatives: int, num_items: int, seed: int, rows: Tensor | None = None
+) -> Tensor:
+    return cpu.draw_negatives(labels.shape[0], num_negatives, num_items, seed, labels.device, rows)
 
 
 @_draw_negatives.register_fake
-def _(labels, num_negatives, num_items, seed):  # type: ignore[no-untyped-def]
+def _(labels, num_negatives, num_items, seed, rows=None):  # type: ignore[no-untyped-def]
     return labels.new_empty((labels.shape[0], num_negatives), dtype=torch.int32)
 
 

@@ -26,13 +26,13 @@ def _check_ranges(labels: Tensor, negatives: Tensor | None, table: Tensor) -> No
 def _op(
     queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor | None, log_q: Tensor | None,
     label_log_q: Tensor | None, num_negatives: int, seed: int, scale: float, normalize: bool, eps: float,
-    dtype: torch.dtype, deterministic: bool, sparse: bool,
+    dtype: torch.dtype, deterministic: bool, sparse: bool, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss [L] and the log2 of the sum of the exponentials [L]; see :func:`sampled_softmax` for the arguments."""
     from kernels.sampled_softmax.kernel import Draws, sampled_softmax_fwd
 
     _check_ranges(labels, negatives, table)
-    draws = Draws(negatives, num_negatives, seed)
+    draws = Draws(negatives, num_negatives, seed, rows)
     table = _common.rounded(table, dtype)  # fewer bytes to gather; queries are read once
     return sampled_softmax_fwd(queries, table, labels, draws, log_q, label_log_q, scale, normalize, eps)
 
@@ -47,11 +47,11 @@ def _(queries, table, labels, *rest):  # type: ignore[no-untyped-def]
 def _op_backward(
     grad: Tensor, queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor | None, log_q: Tensor | None,
     lse: Tensor, num_negatives: int, seed: int, scale: float, normalize: bool, eps: float, dtype: torch.dtype,
-    deterministic: bool,
+    deterministic: bool, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from kernels.sampled_softmax.kernel import Draws, finish, sampled_softmax_bwd
 
-    draws = Draws(negatives, num_negatives, seed)
+    draws = Draws(negatives, num_negatives, seed, rows)
     rounded = _common.rounded(table, dtype)
     d_queries, sums, quantum = sampled_softmax_bwd(
         grad, queries, rounded, labels, draws, log_q, lse, scale, normalize, eps, deterministic
@@ -67,12 +67,12 @@ def _(grad, queries, table, *rest):  # type: ignore[no-untyped-def]
 def _sparse_backward(
     grad: Tensor, queries: Tensor, table: Tensor, labels: Tensor, negatives: Tensor | None, log_q: Tensor | None,
     lse: Tensor, num_negatives: int, seed: int, scale: float, normalize: bool, eps: float, dtype: torch.dtype,
-    deterministic: bool,
+    deterministic: bool, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same with the table's gradient as a coalesced sparse tensor; waits for the device to count its rows."""
     from kernels.sampled_softmax.kernel import Draws, finish, sampled_softmax_bwd, touched
 
-    draws = Draws(negatives, num_negatives, seed)
+    draws = Draws(negatives, num_negatives, seed, rows)
     rounded = _common.rounded(table, dtype)
     marks = touched(labels, draws, table.shape[0])
     ids = marks.nonzero()[:, 0]  # ascending; the one wait
@@ -87,16 +87,17 @@ def _sparse_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the output that nobody sees
-    queries, table, labels, negatives, log_q, _, *ctx.options, ctx.sparse = inputs
-    ctx.save_for_backward(queries, table, labels, negatives, log_q, output[1])
+    queries, table, labels, negatives, log_q, _, *ctx.options, ctx.sparse, rows = inputs
+    ctx.save_for_backward(queries, table, labels, negatives, log_q, output[1], rows)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if grad is None:
         return (None, None, *nothing)
-    backward = _sparse_backward if ctx.sparse else torch.ops.hstu.sampled_softmax_triton_backward
-    return (*backward(grad, *ctx.saved_tensors, *ctx.options), *nothing)
+    backward: Any = _sparse_backward if ctx.sparse else torch.ops.hstu.sampled_softmax_triton_backward
+    *tensors, rows = ctx.saved_tensors
+    return (*backward(grad, *tensors, *ctx.options, rows), *nothing)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
