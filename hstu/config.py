@@ -91,6 +91,13 @@ class DataConfig:
     on_bad_row: str = "fail"
     """fail: stop at the first bad row; skip: count it and write it to ``rejects.csv``."""
 
+    # Past one machine (data=log)
+    shards: int | None = None
+    """Write the store in so many shards, by a hash of the user, with bounded memory: for logs that do not fit into it.
+    None: one store. Take at least as many as there will be ranks; a shard of 10 to 50 million events is handy."""
+    memory_mib: int = 1024
+    """With ``shards``: working memory of the preparation, in MiB, beside the item vocabulary and the libraries."""
+
     # Filters
     min_user_events: int = 0
     """Users with fewer events are dropped; 0: none."""
@@ -143,6 +150,10 @@ class DataConfig:
         for name in ("max_events", "max_items"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"data.{name}", value, ">= 1 or null")
+        shards = self.shards
+        _check(shards is None or self.source == "log", "data.shards", shards, "null, or data=log")
+        _check(shards is None or 1 <= shards <= 65536, "data.shards", shards, "1 to 65536 or null")
+        _check(self.memory_mib >= 64, "data.memory_mib", self.memory_mib, ">= 64")
         if self.split == "global-time":
             _check(self.split_time is not None, "data.split_time", None, "a time when data.split=global-time")
 

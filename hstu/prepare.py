@@ -8,16 +8,21 @@ import hashlib
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hstu.cli import command, run_hydra
 from hstu.config import DataConfig, build
-from hstu.data.store import SCHEMA_VERSION, SequenceStore, new_store
+from hstu.data.store import SCHEMA_VERSION, SequenceStore, StoreWriter, new_store
 from hstu.errors import UserError
 
-_WHERE_ONLY = ("root", "raw", "url", "checksum", "expected")
-"""Fields of DataConfig that say where the data comes from and not what becomes of it."""
+if TYPE_CHECKING:
+    from hstu.data.build import Built
+    from hstu.data.tables import Rejects
+
+_WHERE_ONLY = ("root", "raw", "url", "checksum", "expected", "memory_mib")
+"""Fields of DataConfig that say where the data comes from and how it is worked on, not what becomes of it."""
 
 
 def prepare(config: DataConfig, quiet: bool = False) -> SequenceStore:
@@ -52,7 +57,7 @@ def prepare(config: DataConfig, quiet: bool = False) -> SequenceStore:
     path = stores / f"{config.name}-{_store_key(settings, files)}"
     if (path / "meta.json").exists():
         return SequenceStore.open(path)
-    _write(config, files, path, settings, started)
+    _write(config, files, path, settings, started, quiet)
     return SequenceStore.open(path)
 
 
@@ -61,6 +66,8 @@ def _settings_key(config: DataConfig) -> str:
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in _WHERE_ONLY}
     if config.source != "synthetic":
         values = {k: v for k, v in values.items() if k not in ("num_users", "num_items", "synthetic_seed")}
+    if config.shards is None:
+        del values["shards"]
     return _hash([SCHEMA_VERSION, values])
 
 
@@ -83,9 +90,8 @@ def _finished_store(stores: Path, name: str, settings: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _write(config: DataConfig, files: list[Path], path: Path, settings: str, started: float) -> None:
-    from hstu.data.build import build_store
-    from hstu.data.importers import importer
+def _write(config: DataConfig, files: list[Path], path: Path, settings: str, started: float, quiet: bool) -> None:
+    from hstu.data.sharded_store import finish_shards
     from hstu.data.sources import file_digest
     from hstu.data.tables import Rejects
 
@@ -93,8 +99,8 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
         digests: list[Future[str]] = [pool.submit(file_digest, file) for file in files]
         try:
             rejects = Rejects(writer.folder / "rejects.csv", config.on_bad_row)
-            log = importer(config).read(config, files, writer.work, rejects)
-            built = build_store(log, config, writer, rejects)
+            build_columns = _build_store if config.shards is None else _build_shards
+            built, num_rows, notes = build_columns(config, files, writer, rejects, quiet)
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
             if "No space left" in str(error):  # polars has no error class for it
@@ -105,7 +111,8 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
             {"file": file.name, "bytes": file.stat().st_size, "sha256": digest.result()}
             for file, digest in zip(files, digests, strict=True)
         ]
-        writer.finish(
+        finish = writer.finish if config.shards is None else partial(finish_shards, writer, config.shards)
+        finish(
             {
                 "name": config.name,
                 "source": config.source,
@@ -126,16 +133,41 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
                         "max_items",
                     )
                 },
-                "rows_read": log.table.num_rows + rejects.count,
+                "rows_read": num_rows + rejects.count,
                 "rejects": rejects.reasons,
                 "removed": {k: v for k, v in built.removed.items() if v},
-                "notes": _notes(config, log.notes),
+                "notes": _notes(config, notes),
                 "published": _compare(config, {**counts, "users": built.num_users, "events": built.num_events}),
                 "settings_key": settings,
                 "settings": dataclasses.asdict(config),
                 "seconds": round(time.perf_counter() - started, 2),
             }
         )
+
+
+def _build_store(
+    config: DataConfig, files: list[Path], writer: StoreWriter, rejects: Rejects, quiet: bool
+) -> tuple[Built, int, list[str]]:
+    """All columns of a store: counts, good rows read, notes."""
+    from hstu.data.build import build_store
+    from hstu.data.importers import importer
+
+    log = importer(config).read(config, files, writer.work, rejects)
+    return build_store(log, config, writer, rejects), log.table.num_rows, log.notes
+
+
+def _build_shards(
+    config: DataConfig, files: list[Path], writer: StoreWriter, rejects: Rejects, quiet: bool
+) -> tuple[Built, int, list[str]]:
+    """As :func:`_build_store`, in shards."""
+    from hstu.data.importers.log import attribute_frames, plan
+    from hstu.data.sharded_build import LogFiles, build_shards
+    from hstu.data.stages import Stages
+
+    shards, layouts, notes = plan(config, files)
+    items, users = attribute_frames(config, files)
+    built, num_rows = build_shards(LogFiles(shards, layouts, items, users), config, writer, rejects, Stages(quiet))
+    return built, num_rows, notes
 
 
 def _hash_texts(texts: list[str]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
 
 _CHUNK_ROWS = 1 << 22
+_BINS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,13 @@ def _global_time(store: SequenceStore, selection: str) -> Split:
     return Split(train_end, _targets(starts, train_end, test_rows), test)
 
 
+def _first_events_from(store: SequenceStore) -> Targets:
+    """Test targets of a split by time; a shard may have none."""
+    starts = store.offsets[:-1]
+    time = resolve_split_time(store.meta["split"]["time"], store.timestamps)
+    return _targets(starts, starts + _events_before(store, time), store.offsets[1:])
+
+
 def _validation_time(store: SequenceStore, time: int, before: int) -> int:
     """Tv: as many events lie in [Tv, time) as from ``time`` on (more where Tv is a tie). before: events before time."""
     after = store.num_events - before
@@ -133,19 +142,27 @@ def _validation_time(store: SequenceStore, time: int, before: int) -> int:
             f"data.split_time={store.meta['split']['time']}: only {before} of {store.num_events} events lie before it, "
             "which leaves none to train on beside a validation part; take a later time or run.selection=reference"
         )
-    times = np.asarray(store.timestamps)
-    return int(np.partition(times[times < time], before - after)[before - after])
+    return kth_smallest(store.timestamps, before - after)
 
 
 def _events_before(store: SequenceStore, time: int) -> np.ndarray:
     """[U] number of each user's events before ``time`` (s)."""
-    early = np.zeros(store.num_events + 1, np.int64)
-    np.cumsum(np.asarray(store.timestamps) < time, out=early[1:])
-    return early[store.offsets[1:]] - early[store.offsets[:-1]]
+    offsets = store.offsets
+    found = np.empty(store.num_users, np.int64)
+    cuts = np.searchsorted(offsets, np.arange(0, store.num_events, _CHUNK_ROWS))
+    edges = np.unique(np.concatenate([[0], cuts, [store.num_users]]))
+    for first, last in zip(edges[:-1], edges[1:], strict=True):  # users first .. last
+        begin, end = int(offsets[first]), int(offsets[last])
+        early = np.zeros(end - begin + 1, np.int64)
+        np.cumsum(np.asarray(store.timestamps[begin:end]) < time, out=early[1:])
+        found[first:last] = early[offsets[first + 1 : last + 1] - begin] - early[offsets[first:last] - begin]
+    return found
 
 
-def resolve_split_time(value: str | int | None, timestamps: np.ndarray) -> int:
+def resolve_split_time(value: str | int | None, timestamps: Any) -> int:
     """Epoch seconds of ``data.split_time``: seconds, an ISO date (UTC unless it says otherwise) or ``0.9q``."""
+    if isinstance(value, int):
+        return value
     text = str(value).strip()
     hint = "expected epoch seconds, an ISO date such as 2015-03-31, or a quantile such as 0.9q"
     try:
@@ -153,8 +170,7 @@ def resolve_split_time(value: str | int | None, timestamps: np.ndarray) -> int:
             quantile = float(text[:-1])
             if not 0 < quantile < 1:
                 raise UserError(f"data.split_time={text}: a quantile lies between 0 and 1, as in 0.9q")
-            rank = int(quantile * len(timestamps))
-            return int(np.partition(np.asarray(timestamps), rank)[rank])
+            return kth_smallest(timestamps, int(quantile * len(timestamps)))
         if text.lstrip("+-").isdigit() and len(text) != 8:
             return int(text)
         moment = datetime.fromisoformat(text)
@@ -163,6 +179,26 @@ def resolve_split_time(value: str | int | None, timestamps: np.ndarray) -> int:
     except ValueError:
         raise UserError(f"data.split_time={text!r}: {hint}") from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def kth_smallest(values: Any, k: int) -> int:
+    """The value at place k (from 0) of the ascending ``values`` [E], integers; read in parts, without a copy of all."""
+
+    def parts() -> Iterator[np.ndarray]:
+        return (np.asarray(values[start : start + _CHUNK_ROWS]) for start in range(0, len(values), _CHUNK_ROWS))
+
+    low, high = min(int(p.min()) for p in parts()), max(int(p.max()) for p in parts())
+    while low < high:
+        width = -(-(high - low + 1) // _BINS)
+        counts = np.zeros(_BINS, np.int64)
+        for part in parts():
+            inside = part[(part >= low) & (part <= high)]
+            counts += np.bincount((inside - low) // width, minlength=_BINS)
+        ends = np.cumsum(counts)
+        place = int(np.searchsorted(ends, k, side="right"))
+        k -= int(ends[place] - counts[place])
+        low, high = low + place * width, min(high, low + (place + 1) * width - 1)
+    return low
 
 
 def split_hash(store: SequenceStore) -> str:
@@ -176,5 +212,6 @@ def split_hash(store: SequenceStore) -> str:
         for start in range(0, len(column), _CHUNK_ROWS):
             digest.update(np.ascontiguousarray(column[start : start + _CHUNK_ROWS]).data)
     if store.meta["split"]["kind"] == "global-time":
-        digest.update(_global_time(store, "reference").test.rows.data)
+        test = _first_events_from(store) if "shard" in store.meta else _global_time(store, "reference").test
+        digest.update(test.rows.data)
     return digest.hexdigest()[:16]

@@ -35,10 +35,10 @@ class SequenceStore:
         self.path = path
         self.meta = meta
         self.offsets: np.ndarray = np.load(path / "offsets.npy")
-        self.item_ids = _load(path / "item_ids.npy")
-        self.timestamps = _load(path / "timestamps.npy")
+        self.item_ids = map_column(path / "item_ids.npy")
+        self.timestamps = map_column(path / "timestamps.npy")
         actions = path / "actions.npy"
-        self.actions: np.ndarray | None = _load(actions) if actions.exists() else None
+        self.actions: np.ndarray | None = map_column(actions) if actions.exists() else None
         self.columns: dict[str, np.ndarray] = _load_folder(path / "columns")
         self.num_users: int = len(self.offsets) - 1
         self.num_items: int = int(meta["counts"]["items"])
@@ -66,7 +66,7 @@ class SequenceStore:
                 "delete the folder and run hstu-prepare again"
             )
         try:
-            store = cls(path, meta)
+            store = _sharded(path, meta) if "shards" in meta else cls(path, meta)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}): delete it and run hstu-prepare again") from None
         store._check()
@@ -90,37 +90,44 @@ class SequenceStore:
         Unicode (missing: empty) or, where it is a number, float32 (missing: NaN).
         """
         path = self.path / "items" / f"{name}.npy"
-        return _load(path) if path.exists() else None
+        return map_column(path) if path.exists() else None
 
     def user_attribute(self, name: str) -> np.ndarray | None:
         """[U] attribute of user u (``gender``, ``age``, ...), or None where the source has none; types as above."""
         path = self.path / "users" / f"{name}.npy"
-        return _load(path) if path.exists() else None
+        return map_column(path) if path.exists() else None
 
     def feature_values(self, name: str) -> np.ndarray | None:
         """[codes] raw value of code i+1 of feature column ``name``, or None where it is not coded."""
         path = self.path / "features" / f"{name}.npy"
-        return _load(path) if path.exists() else None
+        return map_column(path) if path.exists() else None
 
     @cached_property
     def user_raw_ids(self) -> np.ndarray:
         """[U] int64 or unicode."""
-        return _load(self.path / "users" / "raw_id.npy")
+        return map_column(self.path / "users" / "raw_id.npy")
 
     @cached_property
     def item_raw_ids(self) -> np.ndarray:
         """[num_items] int64 or unicode. Raw id of item i+1."""
-        return _load(self.path / "items" / "raw_id.npy")
+        return map_column(self.path / "items" / "raw_id.npy")
 
 
-def _load(path: Path) -> np.ndarray:
+def _sharded(path: Path, meta: dict[str, Any]) -> SequenceStore:
+    from hstu.data.sharded_store import ShardedStore
+
+    return ShardedStore(path, meta)
+
+
+def map_column(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped from disk."""
     if path.stat().st_size > 256:
         return np.load(path, mmap_mode="r")
     return np.load(path)  # an empty array cannot be mapped
 
 
 def _load_folder(folder: Path) -> dict[str, np.ndarray]:
-    return {p.stem: _load(p) for p in sorted(folder.glob("*.npy"))} if folder.is_dir() else {}
+    return {p.stem: map_column(p) for p in sorted(folder.glob("*.npy"))} if folder.is_dir() else {}
 
 
 @contextlib.contextmanager
@@ -199,8 +206,8 @@ class StoreWriter:
         if column.written != num_rows:
             raise RuntimeError(f"{name}: {column.written} of {num_rows} rows written")
 
-    def finish(self, meta: dict[str, Any]) -> None:
-        """Completes the counts and the split hash of ``meta`` from the columns and writes ``meta.json``.
+    def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Completes the counts and the split hash of ``meta`` from the columns, writes ``meta.json`` and returns it.
 
         meta: at least ``protocol``, ``split`` (``{"kind": ..., "time": ...}``) and ``counts["items"]``.
         """
@@ -212,9 +219,14 @@ class StoreWriter:
         store._check()
         meta["counts"] = {**meta["counts"], "users": store.num_users, "events": store.num_events}
         meta["split_hash"] = split_hash(store)
-        with open(self.folder / "meta.json", "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1, ensure_ascii=False, sort_keys=True)
-            file.write("\n")
+        write_meta(self.folder, meta)
+        return meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    with open(folder / "meta.json", "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1, ensure_ascii=False, sort_keys=True)
+        file.write("\n")
 
 
 class ColumnFile:

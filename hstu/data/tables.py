@@ -166,7 +166,7 @@ def _read_file(file: Path, layout: Layout, before: int, stem: Path, rejects: Rej
         if not bad:
             return [part], (last - before) if last is not None else 0
     except pl.exceptions.PolarsError as error:
-        _raise_if_disk_full(error)
+        raise_if_disk_full(error)
     part.unlink(missing_ok=True)
     return _read_slowly(file, layout, before, stem, rejects)
 
@@ -224,7 +224,7 @@ def _sink(frame: pl.LazyFrame, part: Path) -> None:
     frame.sink_ipc(part, compression="uncompressed", engine="streaming")
 
 
-def _raise_if_disk_full(error: Exception) -> None:
+def raise_if_disk_full(error: Exception) -> None:
     """polars has no error class for a full disk."""
     if "os error 28" in str(error) or "No space left" in str(error):
         raise OSError(28, "No space left on device") from error
@@ -354,6 +354,6 @@ def _read_parquet(file: Path, layout: Layout, before: int, part: Path, rejects: 
             _reject_bad(bad, layout, file, rejects, texts)
         return total
     except pl.exceptions.PolarsError as error:
-        _raise_if_disk_full(error)
+        raise_if_disk_full(error)
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read as Parquet ({reason}): it may be truncated; fetch it again") from None

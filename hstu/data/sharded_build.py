@@ -1,0 +1,264 @@
+"""From raw files to the shards of a store, in one pass over the files and with bounded memory.
+
+Three stages. Spill: the rows go to disk, into one part per shard by the hash of their user; items are counted. Code:
+shard by shard, ids become numbers and the rows go into buckets of users, where duplicates are dropped. Write: the
+filters, which count over all shards, then shard by shard the ordered events.
+
+In memory stay the item vocabulary with its counts and ids, the values of coded features, the attributes of
+``data.items_file`` and ``data.users_file``, and the users of one shard. The rest is bounded by ``data.memory_mib``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from hstu.config import DataConfig
+from hstu.data import filters
+from hstu.data.buckets import Buckets
+from hstu.data.build import (
+    Built,
+    Coder,
+    are_plain_integers,
+    check_left,
+    coded_roles,
+    feature_file,
+    to_numpy,
+    vocabulary,
+    write_events,
+    write_items,
+    write_users,
+)
+from hstu.data.sharded_store import shard_folder, share_folder
+from hstu.data.spill import Spill, Tally, part_frames
+from hstu.data.stages import Stages
+from hstu.data.store import StoreWriter
+from hstu.data.tables import Layout, Rejects, check_usable, read_parts
+
+SPILL_SHARE = 0.25
+"""Share of the working memory for rows on their way to disk."""
+EVENT_BYTES = 400
+"""Working memory of one event while buckets are ordered: the columns of three buckets, their sort keys and copies."""
+_MIN_BUCKET_EVENTS = 1 << 16
+_LARGEST_TABLE = 1 << 22
+"""Largest integer id coded by a lookup table (16 MiB)."""
+
+
+@dataclass
+class LogFiles:
+    """What a sharded preparation reads."""
+
+    files: list[Path]
+    layouts: list[Layout]
+    items: pl.DataFrame | None = None
+    """Item attributes; first column ``raw_id``."""
+    users: pl.DataFrame | None = None
+    """User attributes, likewise."""
+
+    @property
+    def per_second(self) -> int:
+        return self.layouts[0].time.per_second
+
+
+@dataclass
+class ShardWork:
+    """One shard in the making: its buckets, and arrays over its users on disk (``raw_id``, ``count``, ``alive``)."""
+
+    number: int
+    folder: Path
+    buckets: Buckets
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def save(self, name: str, values: np.ndarray) -> None:
+        np.save(self.folder / f"{name}.npy", values)
+
+    def load(self, name: str) -> np.ndarray:
+        found: np.ndarray = np.load(self.folder / f"{name}.npy")
+        return found
+
+
+@dataclass
+class Spilled:
+    """What the pass over the files found."""
+
+    spill: Spill
+    schema: pl.Schema
+    items: pl.DataFrame
+    """``key``, ``count``."""
+    known: dict[str, pl.Series]
+    """Values of each coded column, ascending."""
+    plain: dict[str, bool]
+    """Whether the ids of users and items are all plain integers."""
+    num_rows: int
+
+
+def build_shards(
+    log: LogFiles, config: DataConfig, writer: StoreWriter, rejects: Rejects, stages: Stages
+) -> tuple[Built, int]:
+    """Writes the columns of every shard, and the items and features that all share; ``meta.json`` is not written.
+
+    Returns the counts and the number of good rows.
+    """
+    found = _spill_rows(log, config, writer.work, rejects, stages)
+    items = vocabulary(found.items, "item", found.plain["item"])
+    for role, values in found.known.items():
+        writer.save(feature_file(role), to_numpy(values))
+    shards = [
+        _code_shard(number, found, items, config, writer.work)
+        for number in stages.track(range(config.shards or 1), "sorting users")
+    ]
+    built = Built()
+    item_counts = items["count"].to_numpy()
+    if config.dedup != "none":
+        item_counts, built.removed["duplicates"] = _dedup(shards, config, len(items), stages)
+    total = int(item_counts.sum())
+    alive_items, vocabulary_mask, item_counts = _minimum_counts(shards, item_counts, config)
+    num_left = int(item_counts.sum())
+    built.removed["minimum counts"] = total - num_left
+    check_left(num_left, total, config)
+    ids, built.num_items = filters.cap_vocabulary(item_counts, vocabulary_mask, config.max_items)
+    built.num_rated = len(np.unique(ids[item_counts > 0]))
+    write_items(log.items, items, ids, built.num_items, writer)
+    for shard in stages.track(shards, "writing shards"):
+        _write_shard(shard, log, config, writer.folder, alive_items, ids, built)
+    built.removed["maximum length"] = num_left - built.num_events
+    return built, found.num_rows
+
+
+# Spill
+
+
+def _spill_rows(log: LogFiles, config: DataConfig, work: Path, rejects: Rejects, stages: Stages) -> Spilled:
+    assert config.shards is not None
+    spill = Spill(work / "spill", config.shards, int(SPILL_SHARE * config.memory_mib * 2**20))
+    schema: pl.Schema | None = None
+    tallies: dict[str, Tally] = {}
+    plain = {"user": True, "item": True}
+    num_rows = 0
+    files = read_parts(log.files, log.layouts, work / "spill", rejects)
+    for _ in stages.track(log.files, "reading files"):
+        parts, _ = next(files)
+        for part in parts:
+            for frame in part_frames(part):
+                rows = frame.drop("bad")
+                if schema is None:
+                    schema = rows.schema
+                    tallies = {role: Tally(schema[role]) for role in ("item", *coded_roles(schema))}
+                spill.append(rows)
+                for role, tally in tallies.items():
+                    tally.add(rows[role])
+                for role in plain:
+                    plain[role] = plain[role] and are_plain_integers(rows[role])
+                num_rows += len(rows)
+            part.unlink()
+    spill.flush()
+    check_usable(num_rows, log.files, rejects)
+    assert schema is not None
+    items = tallies.pop("item").result()
+    known = {role: tally.result()["key"].alias(role).sort() for role, tally in tallies.items()}
+    return Spilled(spill, schema, items, known, plain, num_rows)
+
+
+# Code
+
+
+def _code_shard(number: int, found: Spilled, items: pl.DataFrame, config: DataConfig, work: Path) -> ShardWork:
+    folder = work / f"shard-{number:05d}"
+    folder.mkdir()
+    tally = Tally(found.schema["user"])
+    for rows in found.spill.frames(number):
+        tally.add(rows["user"])
+    users = vocabulary(tally.result(), "user", found.plain["user"])
+    coder = Coder(found.schema, users, items, found.known, largest_table=_LARGEST_TABLE)
+    bucket_events = max(_MIN_BUCKET_EVENTS, config.memory_mib * 2**20 // EVENT_BYTES)
+    buckets = Buckets(folder / "events", users["count"].to_numpy(), coder.dtypes, bucket_events)
+    for rows in found.spill.frames(number):
+        buckets.append(coder.events(coder.coded(rows.lazy()).collect()))
+    found.spill.remove(number)
+    shard = ShardWork(number, folder, buckets, coder.extra)
+    shard.save("raw_id", to_numpy(users["raw_id"]))
+    shard.save("count", users["count"].to_numpy())
+    return shard
+
+
+# Filters
+
+
+def _dedup(shards: list[ShardWork], config: DataConfig, num_items: int, stages: Stages) -> tuple[np.ndarray, int]:
+    """Drops duplicates; returns the events of each item that are left and how many went."""
+    removed = 0
+    for shard in stages.track(shards, "dropping duplicates"):
+        removed += filters.dedup(shard.buckets, config.dedup)
+        shard.save("alive", np.ones(len(shard.load("count")), bool))
+    return _recount(shards, np.ones(num_items, bool)), removed
+
+
+def _recount(shards: list[ShardWork], alive_items: np.ndarray) -> np.ndarray:
+    """Counts the events of alive users and items: returns those of each item, leaves those of each user on disk."""
+    item_counts = np.zeros(len(alive_items), np.int64)
+    for shard in shards:
+        user_counts, found = filters.count(shard.buckets, shard.load("alive"), alive_items)
+        shard.save("count", user_counts)
+        item_counts += found
+    return item_counts
+
+
+def _minimum_counts(
+    shards: list[ShardWork], item_counts: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`hstu.data.filters.minimum_counts` over all shards: which items stay, which are in the vocabulary, and the
+    events of each item that are left. Leaves ``alive`` and ``count`` of the users on disk."""
+    min_user, min_item = max(config.min_user_events, 1), max(config.min_item_events, 1)
+    items = item_counts >= min_item
+    _mark_users(shards, min_user)
+    if min_user == 1 and min_item == 1:
+        return items, items.copy(), item_counts
+    item_counts = _recount(shards, items)
+    if config.filter_mode == "one-pass":
+        members = item_counts > 0
+        _mark_users(shards, min_user)
+        return items, members, _recount(shards, items)
+    while True:
+        new_items = item_counts >= min_item
+        changed = not np.array_equal(new_items, items)
+        if not (_mark_users(shards, min_user) or changed):
+            return items, items.copy(), item_counts
+        items = new_items
+        item_counts = _recount(shards, items)
+
+
+def _mark_users(shards: list[ShardWork], min_user: int) -> bool:
+    """``alive``: the users with enough events; returns whether that changed."""
+    changed = False
+    for shard in shards:
+        alive = shard.load("count") >= min_user
+        before = shard.load("alive") if (shard.folder / "alive.npy").exists() else None
+        changed = changed or before is None or not np.array_equal(alive, before)
+        shard.save("alive", alive)
+    return changed
+
+
+# Write
+
+
+def _write_shard(
+    shard: ShardWork, log: LogFiles, config: DataConfig, folder: Path, alive_items: np.ndarray, ids: np.ndarray,
+    built: Built,
+) -> None:  # fmt: skip
+    writer = StoreWriter(shard_folder(folder, shard.number))
+    writer.folder.mkdir(parents=True)
+    counts = shard.load("count")
+    stored = counts if config.max_events is None else np.minimum(counts, config.max_events)
+    chosen = np.flatnonzero(counts > 0)
+    writer.save("offsets", np.concatenate([[0], np.cumsum(stored[chosen])]).astype(np.int64))
+    write_events(
+        shard.buckets, shard.extra, shard.load("alive"), alive_items, ids, stored, log.per_second, config, writer
+    )
+    write_users(log.users, shard.load("raw_id")[chosen], writer)
+    for name in ("items", "features"):
+        share_folder(folder / name, writer.folder / name)
+    built.num_users += len(chosen)
+    built.num_events += int(stored.sum())
