@@ -1,7 +1,7 @@
 """Item tables: what losses, evaluation and recommendation ask for, wherever the rows lie.
 
-Nobody outside this file assumes that a table is one tensor on this rank. The local table needs torch
-and our own ops only.
+Nobody who asks assumes that a table is one tensor on this rank. The local table needs torch and our own ops only; one
+that is spread over ranks is in ``hstu/sharded.py``.
 
 Legend: ``L`` total events, ``B`` users, ``D`` model width, ``R`` negatives per position, ``K`` items of
 a shared bank, ``S`` seen items over all users.
@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from hstu.config import LossConfig
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rank_and_topk import rank, topk
 from kernels.sampled_softmax import bank_softmax, sampled_softmax
@@ -36,6 +37,19 @@ class ItemTable(nn.Module, ABC):
         """Modules whose parameters are embedding tables of ids."""
         return [self]
 
+    def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:  # noqa: B027
+        """Says what the step that begins will score, so that one exchange between ranks fetches all of its rows.
+
+        The next :meth:`lookup` is then that of the step's events, and ``loss`` follows, with these arguments. A table
+        that is whole on this rank needs no telling.
+        """
+
+    def join_ranking(self) -> None:  # noqa: B027
+        """Takes part in one :meth:`lookup` and one :meth:`rank` or :meth:`topk` of other ranks, without a user.
+
+        Every rank must come to them as often as the others; a table that is whole on this rank does not wait.
+        """
+
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of ids [...] int32 or int64, 0..num_items."""
@@ -43,9 +57,12 @@ class ItemTable(nn.Module, ABC):
     @abstractmethod
     def sampled_softmax(
         self, queries: Tensor, labels: Tensor, negatives: Tensor | None = None, num_negatives: int = 128,
-        seed: int = 0, temperature: float = 0.05,
+        seed: int = 0, temperature: float = 0.05, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Loss [L] of queries [L, D] against labels [L] and R negatives per position, drawn from ``seed`` or given."""
+        """Loss [L] of queries [L, D] against labels [L] and R negatives per position, drawn from ``seed`` or given.
+
+        rows: [L] int64, positions whose random numbers the draws use; None: 0..L-1.
+        """
 
     @abstractmethod
     def bank_softmax(
@@ -116,11 +133,12 @@ class LocalItemTable(ItemTable):
 
     def sampled_softmax(
         self, queries: Tensor, labels: Tensor, negatives: Tensor | None = None, num_negatives: int = 128,
-        seed: int = 0, temperature: float = 0.05,
+        seed: int = 0, temperature: float = 0.05, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         return sampled_softmax(
-            queries, self.weight, labels, negatives, num_negatives, seed, temperature, self.l2_normalize, self.eps
-        )
+            queries, self.weight, labels, negatives, num_negatives, seed, temperature, self.l2_normalize, self.eps,
+            rows=rows,
+        )  # fmt: skip
 
     def bank_softmax(
         self, queries: Tensor, labels: Tensor, bank_ids: Tensor, log_q: Tensor | None = None,
