@@ -292,18 +292,19 @@ def load_last(folder: Path, world: World | None = None, set_aside: bool = False)
     """
     world = world or World()
     names = world.gather_objects([path.name for path in reversed(steps(folder))])[0]
-    problems: list[str] = []
+    damaged: dict[str, str] = {}
     for name in names:
         found, problem = _open(folder / name, world)
-        if found is not None:
-            if problems and world.is_first:
-                print(f"warning: {'; '.join(problems)}; going back to step {step_of(folder / name)}", file=sys.stderr)
-            return found
-        problems.append(f"checkpoint {folder / name} is damaged ({problem})")
-        if set_aside and len(problems) < len(names) and world.is_first:
-            _replace(folder / name, folder / (name + _DAMAGED))
-    if problems:
-        raise UserError(f"{'; '.join(problems)}: no older one is left; remove {folder} to start the run anew")
+        if found is None:
+            damaged[name] = f"checkpoint {folder / name} is damaged ({problem})"
+            continue
+        if damaged and world.is_first:
+            print(f"warning: {'; '.join(damaged.values())}; going back to step {step_of(found.path)}", file=sys.stderr)
+            for other in damaged if set_aside else ():
+                _replace(folder / other, folder / (other + _DAMAGED))
+        return found
+    if damaged:
+        raise UserError(f"{'; '.join(damaged.values())}; no older one is left: remove {folder} to start the run anew")
     return None
 
 

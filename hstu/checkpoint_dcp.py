@@ -232,9 +232,10 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
         try:
             results = super().write_data(plan, planner).value()
-        except RuntimeError as error:  # torch.save's own report of a failed write hides the OSError
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
+        except (RuntimeError, OSError) as error:
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError):  # torch.save's own report of a failed write hides it
+                raise OSError(cause.errno, cause.strerror, str(self.path)) from None
             raise
         sums = [WriteResult(MetadataIndex(_FILE_RESULT + n), s.size, s.crc32) for n, s in self.files.sums.items()]
         future: Future[list[WriteResult]] = Future()
