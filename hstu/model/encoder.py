@@ -67,8 +67,11 @@ class Encoder(nn.Module):
         """Plan shared by all layers. Needs no parameters, so a loader thread can make it ahead of time."""
         return make_plan(layout.offsets, layout.max_len)
 
-    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
-        """events: [L, D] item embeddings; seed: of all dropout, None in evaluation. Returns [L, D]."""
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None, *, rows: Tensor | None = None) -> Tensor:
+        """events: [L, D] item embeddings; seed: of all dropout, None in evaluation. Returns [L, D].
+
+        rows: [L] int64. Place of each token in the batch of all ranks, by which dropout is drawn; None: 0..L-1.
+        """
         raise NotImplementedError
 
 
@@ -85,12 +88,12 @@ class InputStage(nn.Module):
         self.position = nn.Parameter(initial_positions)
         self.dropout = dropout
 
-    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None, rows: Tensor | None = None) -> Tensor:
         scale = math.sqrt(events.shape[1])
         if plan.num_targets is not None or plan.is_delta:  # a row's place is not its number in the batch
             x = torch.add(self.position[sequence_positions(plan)], events, alpha=scale)
-            return seeded_dropout(x, self.dropout, seed)
-        return add_positions(events, self.position, plan.offsets, scale, plan.max_len, self.dropout, seed)
+            return seeded_dropout(x, self.dropout, seed, rows)
+        return add_positions(events, self.position, plan.offsets, scale, plan.max_len, self.dropout, seed, rows)
 
 
 class HSTUEncoder(Encoder):
@@ -126,12 +129,13 @@ class HSTUEncoder(Encoder):
         )  # fmt: skip
 
     def forward(
-        self, events: Tensor, plan: AttentionPlan, seed: int | None, caches: list[LayerCache] | None = None
-    ) -> Tensor:
+        self, events: Tensor, plan: AttentionPlan, seed: int | None, caches: list[LayerCache] | None = None,
+        *, rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """caches: one a layer, to be written and, where the plan says so, read (cached inference)."""
-        x = self.input(events, plan, layer_seed(seed, 0))
+        x = self.input(events, plan, layer_seed(seed, 0), rows)
         for index, layer in enumerate(self.layers):
-            x = layer(x, plan, layer_seed(seed, index + 1), None if caches is None else caches[index])
+            x = layer(x, plan, layer_seed(seed, index + 1), None if caches is None else caches[index], rows)
         return x
 
 

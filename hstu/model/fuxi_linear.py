@@ -153,14 +153,16 @@ class FuXiLinearBlock(nn.Module):
         for linear in (self.mix, self.gate_up, self.down):
             nn.init.normal_(linear.weight, std=INIT_STD)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, temporal: Weights, seed: int | None) -> Tensor:
-        """x: [L, D]; temporal: of the batch, shared by all blocks. Returns [L, D]."""
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, temporal: Weights, seed: int | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """x: [L, D]; temporal: of the batch, shared by all blocks; rows: of the dropout. Returns [L, D]."""
         projected = norm_linear_silu(x, self.projection, NORM_EPS, silu_columns=self.silu_columns)
         u, rest = projected.split([self.gate_width, sum(self.widths)], dim=1)
         mixed = self._mix_events(rest, plan, temporal).unflatten(1, (3, -1))  # [L, 3, D]
         gated = u * layer_norm(mixed, (x.shape[1],), eps=NORM_EPS).flatten(1)
-        x = x + self.mix(seeded_dropout(gated, self.dropout, layer_seed(seed, 0)))
-        normed = seeded_dropout(rms_norm(x, (x.shape[1],), eps=NORM_EPS), self.dropout, layer_seed(seed, 1))
+        x = x + self.mix(seeded_dropout(gated, self.dropout, layer_seed(seed, 0), rows))
+        normed = seeded_dropout(rms_norm(x, (x.shape[1],), eps=NORM_EPS), self.dropout, layer_seed(seed, 1), rows)
         gate, up = self.gate_up(normed).chunk(2, dim=1)
         return x + self.down(silu(gate) * up)
 
@@ -199,11 +201,11 @@ class FuXiLinearEncoder(Encoder):
         offsets = layout.offsets.to(torch.int64)
         return AttentionPlan(offsets, layout.max_len, query_time=asked, key_time=layout.timestamps)
 
-    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
-        x = self.input(events, plan, layer_seed(seed, 0))
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None, *, rows: Tensor | None = None) -> Tensor:
+        x = self.input(events, plan, layer_seed(seed, 0), rows)
         temporal = self._temporal(plan, torch.promote_types(events.dtype, torch.float32))
         for index, layer in enumerate(self.layers):
-            x = layer(x, plan, temporal, layer_seed(seed, index + 1))
+            x = layer(x, plan, temporal, layer_seed(seed, index + 1), rows)
         return x
 
     def _temporal(self, plan: AttentionPlan, dtype: torch.dtype) -> Weights:

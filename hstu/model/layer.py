@@ -56,18 +56,20 @@ class HSTULayer(nn.Module):
         self.out_bias = nn.Parameter(out.bias.detach().clone())
 
     def forward(
-        self, x: Tensor, plan: AttentionPlan, seed: int | None, cache: LayerCache | None = None
+        self, x: Tensor, plan: AttentionPlan, seed: int | None, cache: LayerCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x: [L, D]; seed: of the dropout, None in evaluation. Returns [L, D].
 
+        rows: as of :meth:`hstu.model.encoder.Encoder.forward`.
         cache: keys and values of the rows are written there; a plan in the delta form then reads all of them from it.
         """
         u, v, q, k = norm_linear_silu(x, self.uvqk, NORM_EPS).split(self.widths, dim=1)
         q, k = (t.unflatten(1, (self.num_heads, self.qk_dim)) for t in (q, k))  # [L, H, A]
         v = v.unflatten(1, (self.num_heads, self.v_dim))  # [L, H, V]
         if cache is not None:
-            rows = slice(cache.first, cache.first + x.shape[0])
-            cache.k[rows], cache.v[rows] = k, v
+            written = slice(cache.first, cache.first + x.shape[0])
+            cache.k[written], cache.v[written] = k, v
             if plan.is_delta:
                 k, v = cache.k, cache.v
         av = attention(
@@ -79,4 +81,4 @@ class HSTULayer(nn.Module):
             self.bias.time,
             divisor=self.divisor,
         ).flatten(1)  # [L, H*V]
-        return gate_norm_linear(av, u, self.out_weight, self.out_bias, x, NORM_EPS, self.dropout, seed)
+        return gate_norm_linear(av, u, self.out_weight, self.out_bias, x, NORM_EPS, self.dropout, seed, rows=rows)

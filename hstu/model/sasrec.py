@@ -36,18 +36,18 @@ class SASRecBlock(nn.Module):
             nn.init.xavier_normal_(linear.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
-        """x: [L, D]. Returns [L, D]."""
+    def forward(self, x: Tensor, plan: AttentionPlan, seed: int | None, rows: Tensor | None = None) -> Tensor:
+        """x: [L, D]; rows: of the dropout. Returns [L, D]."""
         dim = x.shape[1]
         query_input = torch.nn.functional.layer_norm(x, (dim,), eps=NORM_EPS)
         linear = torch.nn.functional.linear
         q = linear(query_input, self.qkv_weight[:dim], self.qkv_bias[:dim])
         k, v = linear(x, self.qkv_weight[dim:], self.qkv_bias[dim:]).split(dim, dim=1)
         q, k, v = (t.unflatten(1, (self.num_heads, -1)) for t in (q, k, v))  # [L, H, A]
-        attended = causal_softmax_attention(q, k, v, plan, self.dropout, layer_seed(seed, 0)).flatten(1)
+        attended = causal_softmax_attention(q, k, v, plan, self.dropout, layer_seed(seed, 0), rows).flatten(1)
         z = torch.nn.functional.layer_norm(query_input + self.out(attended), (dim,), eps=NORM_EPS)
-        hidden = seeded_dropout(torch.relu(self.up(z)), self.dropout, layer_seed(seed, 1))
-        return z + seeded_dropout(self.down(hidden), self.dropout, layer_seed(seed, 2))
+        hidden = seeded_dropout(torch.relu(self.up(z)), self.dropout, layer_seed(seed, 1), rows)
+        return z + seeded_dropout(self.down(hidden), self.dropout, layer_seed(seed, 2), rows)
 
 
 class SASRecEncoder(Encoder):
@@ -63,8 +63,8 @@ class SASRecEncoder(Encoder):
         self.input = InputStage(positions, config.dropout)
         self.layers = nn.ModuleList(SASRecBlock(config) for _ in range(config.num_blocks))
 
-    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
-        x = self.input(events, plan, layer_seed(seed, 0))
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None, *, rows: Tensor | None = None) -> Tensor:
+        x = self.input(events, plan, layer_seed(seed, 0), rows)
         for index, layer in enumerate(self.layers):
-            x = layer(x, plan, layer_seed(seed, index + 1))
+            x = layer(x, plan, layer_seed(seed, index + 1), rows)
         return x

@@ -51,15 +51,17 @@ class TransformerBlock(nn.Module):
         for linear in (self.out, self.down):
             nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * config.num_blocks))
 
-    def forward(self, x: Tensor, plan: AttentionPlan, position: Tensor, seed: int | None) -> Tensor:
-        """x: [L, D]; position: [L]. Returns [L, D]."""
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, position: Tensor, seed: int | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """x: [L, D]; position: [L]; rows: of the dropout. Returns [L, D]."""
         q, k, v = (t.unflatten(1, (self.num_heads, -1)) for t in self.qkv(self.attention_norm(x)).chunk(3, dim=1))
         q, k = rotary(q, position, self.rope_base), rotary(k, position, self.rope_base)
         attended = self.out(causal_softmax_attention(q, k, v, plan).flatten(1))
-        x = x + seeded_dropout(attended, self.dropout, layer_seed(seed, 0))
+        x = x + seeded_dropout(attended, self.dropout, layer_seed(seed, 0), rows)
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=1)
         return x + seeded_dropout(
-            self.down(torch.nn.functional.silu(gate) * up), self.dropout, layer_seed(seed, 1)
+            self.down(torch.nn.functional.silu(gate) * up), self.dropout, layer_seed(seed, 1), rows
         )  # fmt: skip
 
 
@@ -74,9 +76,9 @@ class TransformerEncoder(Encoder):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_blocks))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
 
-    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None) -> Tensor:
+    def forward(self, events: Tensor, plan: AttentionPlan, seed: int | None, *, rows: Tensor | None = None) -> Tensor:
         position = positions_of(plan.offsets, events.shape[0])
-        x = seeded_dropout(events * math.sqrt(events.shape[1]), self.dropout, layer_seed(seed, 0))
+        x = seeded_dropout(events * math.sqrt(events.shape[1]), self.dropout, layer_seed(seed, 0), rows)
         for index, layer in enumerate(self.layers):
-            x = layer(x, plan, position, layer_seed(seed, index + 1))
+            x = layer(x, plan, position, layer_seed(seed, index + 1), rows)
         return self.norm(x)  # type: ignore[no-any-return]

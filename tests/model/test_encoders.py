@@ -138,7 +138,7 @@ def attention_inputs(lengths, heads=2, width=8):
 
 def test_softmax_attention_equals_torch_on_the_padded_batch():
     tensors, plan = attention_inputs([3, 0, 70, 1, 130])
-    got, expected = causal_softmax_attention(*tensors, plan), _padded(*tensors, plan, 0.0, None)
+    got, expected = causal_softmax_attention(*tensors, plan), _padded(*tensors, plan, 0.0, 0, None)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
     upstream = torch.randn_like(got)
     for a, b in zip(
