@@ -43,6 +43,7 @@ def register_schemas() -> None:
         "data": config.DataConfig,
         "loss": config.LossConfig,
         "optim": config.OptimConfig,
+        "embedding": config.EmbeddingConfig,
         "run": config.RunConfig,
         "eval": config.EvalConfig,
         "kernels": config.KernelsConfig,

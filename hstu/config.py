@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from hstu.config_embedding import EmbeddingConfig
 from hstu.config_model import (
     MODELS,
     HSTUConfig,
@@ -391,6 +392,7 @@ class Config:
     model: ModelConfig = field(default_factory=HSTUConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -399,12 +401,31 @@ class Config:
     """Tasks, actions and features of a ranking model; None: retrieval."""
 
     def __post_init__(self) -> None:
+        if self.embedding.kind == "sharded":
+            self._check_sharded()
+        if self.embedding.optimizer in ("sgd", "adagrad", "rowwise_adagrad"):
+            decay = self.optim.table_weight_decay or 0.0
+            _check(decay == 0.0, "optim.table_weight_decay", decay,
+                   f"0 or null with embedding.optimizer={self.embedding.optimizer}, which has no decay")  # fmt: skip
         if self.model.similarity == "mixture_of_logits":
             beside = "with model.similarity=mixture_of_logits"
             _check(self.ranking is None, "ranking", "a ranking model", f"none {beside}, which retrieves items")
             _check(self.loss.name == "sampled_softmax", "loss.name", self.loss.name, f"sampled_softmax {beside}")
             _check(self.loss.temperature == 1.0, "loss.temperature", self.loss.temperature,
                    f"1 {beside}, whose own model.mixture.temperature divides the logits")  # fmt: skip
+
+    def _check_sharded(self) -> None:
+        """Rows move in the backward of each batch, where nothing that needs all gradients first can come between."""
+        beside = "with embedding.kind=sharded, whose rows move in the backward"
+        _check(self.optim.clip_norm is None, "optim.clip_norm", self.optim.clip_norm, f"null {beside}")
+        accumulate = self.optim.accumulate_steps
+        _check(accumulate == 1, "optim.accumulate_steps", accumulate, f"1 {beside}")
+        average = self.optim.average_decay
+        _check(average is None, "optim.average_decay", average, f"null {beside}")
+        _check(self.model.similarity == "dot", "model.similarity", self.model.similarity,
+               "dot with embedding.kind=sharded")  # fmt: skip
+        _check(self.model.dim % 4 == 0, "model.dim", self.model.dim,
+               "a multiple of 4 with embedding.kind=sharded, as fbgemm's kernels need")  # fmt: skip
 
 
 def published_row(config: Config) -> PublishedConfig | None:
@@ -448,7 +469,8 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise UserError(f"unknown config key {unknown[0]}: expected one of {', '.join(sorted(groups))}")
     parts: dict[str, Any] = {"model": build(MODELS[name], model_values, "model.")}
     sections = {
-        "data": DataConfig, "loss": LossConfig, "optim": OptimConfig, "run": RunConfig,
+        "data": DataConfig, "loss": LossConfig, "optim": OptimConfig, "embedding": EmbeddingConfig,
+        "run": RunConfig,
         "eval": EvalConfig, "kernels": KernelsConfig, "published": PublishedConfig,
     }  # fmt: skip
     for key, cls in sections.items():

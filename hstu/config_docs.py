@@ -27,6 +27,7 @@ SECTIONS = {
     "MixtureConfig": ("model.mixture.", "model.mixture (every model)"),
     "LossConfig": ("loss.", "loss"),
     "OptimConfig": ("optim.", "optim"),
+    "EmbeddingConfig": ("embedding.", "embedding"),
     "RunConfig": ("run.", "run"),
     "StochasticLengthConfig": ("run.stochastic_length.", "run.stochastic_length"),
     "EvalConfig": ("eval.", "eval"),
@@ -39,7 +40,7 @@ SECTIONS = {
     "HeadConfig": ("ranking.head.", "ranking.head"),
 }
 """Dataclass -> (prefix of its options on the command line, heading)."""
-GROUPS = ("data", "model", "ranking", "loss", "optim", "run", "experiment")
+GROUPS = ("data", "model", "ranking", "loss", "optim", "embedding", "run", "experiment")
 """Folders of conf/ whose members are chosen by name."""
 INTRODUCTION = """# Configuration
 
@@ -129,7 +130,7 @@ def render(root: Path = ROOT) -> str:
     """The whole text of docs/config.md."""
     sources = [
         (root / "hstu" / name).read_text(encoding="utf-8")
-        for name in ("config.py", "config_model.py", "config_similarity.py", "config_ranking.py")
+        for name in ("config.py", "config_model.py", "config_similarity.py", "config_embedding.py", "config_ranking.py")
     ]
     classes = {name: found for source in sources for name, found in read_classes(source).items()}
     missing = [name for name in classes if name not in SECTIONS]
