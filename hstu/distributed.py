@@ -8,15 +8,20 @@ Legend: R ranks, n rows of a rank.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hstu.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,15 @@ class World:
     Attributes:
         rank: 0..size-1. size: R, 1 without a process group.
         device: where this rank computes.
+        local_rank: its number on its machine.
+        patient: the group of all ranks whose calls wait for as long as every rank lives; None: the default group.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    local_rank: int = 0
+    patient: dist.ProcessGroup | None = None
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> World:
@@ -38,7 +47,7 @@ class World:
         device = device or torch.device("cpu")
         if not dist.is_available() or not dist.is_initialized():
             return cls(device=device)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(dist.get_rank(), dist.get_world_size(), device, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
 
     @property
     def is_first(self) -> bool:
@@ -89,14 +98,74 @@ class World:
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
-    def agree(self, name: str, value: Any) -> None:
-        """Raises UserError, on every rank, where ``value`` is not the same on all of them. value: small and plain."""
-        values = self.gather_objects(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise UserError(
-                    f"{name} differs between ranks: rank 0 has {values[0]!r}, rank {rank} has {other!r}; "
-                    "start all ranks alike"
-                )
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on the first rank, on every rank; the others wait, however long it takes.
+
+        The result must be picklable. A UserError is raised on all ranks.
+        """
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None]
+        if self.is_first:
+            try:
+                outcome = [(function(), None)]
+            except UserError as error:
+                outcome = [(None, str(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self.patient)
+        result, failure = outcome[0]
+        if failure is not None:
+            raise UserError(failure)
+        return result  # type: ignore[no-any-return]
+
+    def agree(self, values: dict[str, Any]) -> None:
+        """Raises UserError, on every rank, where the small plain ``values`` are not the same on all of them."""
+        everyone = self.gather_objects(values)
+        for rank, other in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if other.get(name) != value:
+                    raise UserError(
+                        f"{name} differs between ranks: rank 0 has {value!r}, rank {rank} has {other.get(name)!r}; "
+                        "start all ranks alike"
+                    )
+
+
+class StepLoss(nn.Module):
+    """A model with its loss as the forward, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: nn.Module, total: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.model, self.total = model, total
+
+    def forward(self, batch: Any, seed: int, plan: Any) -> Tensor:
+        if self.total is None:
+            return self.model.loss(batch, seed, plan)  # type: ignore[operator, no-any-return]
+        return self.model.loss(batch, seed, plan, self.total)  # type: ignore[operator, no-any-return]
+
+
+class Engine:
+    """The loss of a model whose gradients are averaged over ranks.
+
+    A rank's loss counts its share of the sums that the loss divides by, so that the losses of all ranks add up to that
+    of one rank; what is averaged is therefore R times each.
+    """
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.world = world
+        self.module: nn.Module = StepLoss(model, world.sum if world.size > 1 else None)
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.module = nn.parallel.DistributedDataParallel(
+                self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def loss(self, batch: Any, seed: int, plan: Any) -> Tensor:
+        """This rank's part of the loss, a scalar."""
+        return self.module(batch, seed, plan)  # type: ignore[no-any-return]
+
+    def local(self) -> AbstractContextManager[None]:
+        """Inside, gradients are added up on each rank; those of the next backward outside are averaged with them."""
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+            return self.module.no_sync()
+        return nullcontext()

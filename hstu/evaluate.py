@@ -10,6 +10,7 @@ Legend: ``M`` targets, ``B`` users in a batch, ``S`` seen items of a batch, ``D`
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from hstu import baselines, metrics, report
 from hstu.cli import command, run_hydra
 from hstu.config import published_row
 from hstu.data.splits import Split, Targets, make_split
+from hstu.distributed import World
 from hstu.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,12 +64,15 @@ def with_history(store: SequenceStore, targets: Targets) -> tuple[Targets, int]:
 
 @torch.inference_mode()
 def evaluate(
-    model: RetrievalModel, store: SequenceStore, targets: Targets, config: Config, device: torch.device | str = "cpu"
-) -> RankResult:
+    model: RetrievalModel, store: SequenceStore, targets: Targets, config: Config, device: torch.device | str = "cpu",
+    world: World | None = None,
+) -> RankResult:  # fmt: skip
     """Ranks every target against the whole catalogue with the model's scores.
 
     Scores exist for one batch of users and one block of items at a time (the item table's ``rank``). The model
-    is put in evaluation mode and left in the mode it was found in.
+    is put in evaluation mode and left in the mode it was found in. The ranks of ``world`` take the batches in turns and
+    all return the same, whatever their number; one that has no batch left takes part with an empty one, as a table that
+    lies on several ranks needs them all.
 
     Raises UserError if no target has a history.
     """
@@ -76,14 +81,17 @@ def evaluate(
     kept, num_empty = with_history(store, targets)
     if len(kept) == 0:
         raise UserError(f"nothing to evaluate: none of the {len(targets)} held-out events has an event before it")
-    device, max_len = torch.device(device), config.model.max_len
+    world = world or World()
+    device, max_len, size = torch.device(device), config.model.max_len, config.eval.batch_users
+    places, rounds = turns(len(kept), size, world)
+    own = Targets(kept.users[places], kept.rows[places])
     item_ids = np.asarray(store.item_ids)
     was_training = model.training
     model.eval()
-    ranks, at = np.empty(len(kept), dtype=np.float64), 0
-    for batch, labels in eval_batches(store, kept, max_len, config.eval.batch_users):
+    ranks, at = np.empty(len(own), dtype=np.float64), 0
+    for batch, labels in eval_batches(store, own, max_len, size, least=rounds):
         m = slice(at, at + len(labels))
-        starts, ends = baselines.seen_range(store, kept.users[m], kept.rows[m], config.eval.filter_history, max_len)
+        starts, ends = baselines.seen_range(store, own.users[m], own.rows[m], config.eval.filter_history, max_len)
         seen_rows, seen_offsets = baselines.expand(starts, ends)
         seen_ids = torch.from_numpy(item_ids[seen_rows].astype(np.int64)).to(device)  # [S]
         queries = model.last(batch.to(device))  # [B, D], or as the table wants them
@@ -92,9 +100,19 @@ def evaluate(
         )
         ranks[m] = batch_ranks.double().cpu().numpy()
         at += len(labels)
-    assert at == len(kept), f"eval_batches gave {at} targets of {len(kept)}"
+    assert at == len(own), f"eval_batches gave {at} targets of {len(own)}"
     model.train(was_training)
-    return RankResult(ranks, kept.users, kept.rows, num_empty)
+    order = np.argsort(world.gather_arrays(places))
+    return RankResult(world.gather_arrays(ranks)[order], kept.users, kept.rows, num_empty)
+
+
+def turns(count: int, size: int, world: World) -> tuple[np.ndarray, int]:
+    """Places int64 of this rank where ranks take batches of ``size`` of ``count`` things in turns, and the number of
+    batches of the rank with the most. Only the very last batch is smaller, so a rank's own make the same batches."""
+    rounds = math.ceil(math.ceil(count / size) / world.size)
+    starts = (np.arange(rounds) * world.size + world.rank) * size
+    places = (starts[:, None] + np.arange(size)).ravel()
+    return places[places < count], rounds
 
 
 def oracle_ranks(config: Config, store: SequenceStore, targets: Targets) -> np.ndarray | None:

@@ -45,6 +45,17 @@ class MetricsFile:
         self._file.close()
 
 
+class NoMetrics:
+    """In place of :class:`MetricsFile` on the ranks that write nothing."""
+
+    def write(self, **values: Any) -> None: ...
+
+    def size(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
 class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

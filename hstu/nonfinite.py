@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hstu.distributed import World
 
-def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
+
+def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World | None = None) -> str | None:
     """Name of the first non-finite tensor: a parameter, else a module's output, else the loss, else a gradient;
     None where all are finite.
 
     Args:
         model: as it was when the step failed.
         loss: computes the step's loss again.
+        world: all its ranks search together; the first of them that finds something is believed.
     """
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return f"parameter {name}"
+    world = world or World()
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((name for name in world.gather_objects(next(iter(names), None)) if name is not None), None)
+
+    name = first(f"parameter {n}" for n, p in model.named_parameters() if not _finite(p))
+    if name is not None:
+        return name
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -37,15 +45,12 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor]) -> str | None
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return found[0]
-    if not _finite(value):
-        return "the loss"
+    name = first([*found, *([] if _finite(value) else ["the loss"])])
+    if name is not None:
+        return name
     value.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not _finite(parameter.grad):
-            return f"gradient of {name}"
-    return None
+    grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+    return first(f"gradient of {n}" for n, grad in grads if not _finite(grad))
 
 
 def _finite(t: Tensor) -> bool:

@@ -6,8 +6,10 @@ Legend: E events of the store.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,14 +21,19 @@ from hstu.config import Config
 from hstu.data.batches import EventColumns, TrainBatches
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import ProgressiveBatches, RankingBatches
+from hstu.data.share import EVENT_WORK, Ranks, Share
 from hstu.data.splits import Split, Targets, make_event_split, make_split
+from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.evaluate import assess, evaluate, evaluation_json
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalModel
 from hstu.ranking_evaluate import (
+    Predictions,
     ProgressivePredictions,
     assess_ranking,
+    calibrated,
+    intercepts,
     predict,
     summarize,
     undefined_metrics,
@@ -45,7 +52,8 @@ class Problem(ABC):
 
     Attributes:
         split: what trains and what is held out.
-        data: ``num_steps(epoch)``, ``batch(epoch, step)``, ``users``, ``num_skipped``, ``savings(epoch, num_steps)``.
+        data: ``num_steps(epoch)``, ``share(epoch, step, ranks)``, ``users``, ``num_skipped``,
+            ``savings(epoch, num_steps)``.
         model: ``loss(batch, seed, plan)``, ``num_parameters()``.
         metric_names: what :meth:`validate` gives; shown: those on the validation line.
     """
@@ -56,8 +64,10 @@ class Problem(ABC):
     metric_names: list[str]
     shown: list[str]
 
-    def __init__(self, config: Config, store: SequenceStore, device: torch.device, folder: Path) -> None:
-        self.config, self.store, self.device, self.folder = config, store, device, folder
+    def __init__(self, config: Config, store: SequenceStore, world: World, folder: Path) -> None:
+        self.config, self.store, self.world, self.folder = config, store, world, folder
+        self.device = world.device
+        self.ranks = Ranks(world.rank, world.size, EVENT_WORK * config.model.dim)
 
     @property
     def part(self) -> str:
@@ -77,59 +87,68 @@ class Problem(ABC):
         """Called with each batch before it is trained on."""
 
     @abstractmethod
-    def input(self, epoch: int, step: int) -> tuple[Any, Any]:
-        """A batch on the device, and its plan. Called in a loader thread."""
+    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
+        """This rank's share of a batch, on the device, and its plan. Called in a loader thread."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
-        """Metrics of the model as it is, on :attr:`targets`."""
+        """Metrics of the model as it is, on :attr:`targets`; the same on all ranks, which call it together."""
 
     @abstractmethod
-    def finish(self) -> tuple[dict[str, Any], dict[str, float], int]:
-        """Evaluation of the model as it is on test: what ``evaluation.json`` holds, the metrics, the users."""
+    def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
+        """Applies the model as it is to test, with all ranks. What is returned is called on the first rank and gives
+        what ``evaluation.json`` holds, the metrics and the number of users."""
 
 
 class Retrieval(Problem):
     """The next item at every event."""
 
-    def __init__(self, config: Config, store: SequenceStore, device: torch.device, folder: Path) -> None:
-        super().__init__(config, store, device, folder)
+    def __init__(self, config: Config, store: SequenceStore, world: World, folder: Path) -> None:
+        super().__init__(config, store, world, folder)
         self.split = make_split(store, config.run.selection)
         if len(self.targets) == 0:
             raise UserError("no user has enough events to hold one out; loosen the filters or run.selection=reference")
         run = config.run
-        columns = EventColumns(store, device, config.loss.event_weights)
+        columns = EventColumns(store, self.device, config.loss.event_weights)
         self.data = TrainBatches(
             columns, store, self.split, config.model.max_len, config.seed, run.batch_users, run.batch_tokens,
             run.stochastic_length,
         )  # fmt: skip
-        self.model = build_model(config, store).to(device)
+        self.model = build_model(config, store).to(self.device)
         self.metric_names = metrics.metric_names(config.eval.ks)
         self.shown = ["hr@10", "ndcg@10", "hr@50", "hr@200", "mrr"]
 
-    def input(self, epoch: int, step: int) -> tuple[Any, Any]:
-        batch = self.data.batch(epoch, step)
-        return batch, self.model.encoder.plan(batch)
+    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
+        share = self.data.share(epoch, step, self.ranks)
+        return share, self.model.encoder.plan(share.batch)
 
     def validate(self) -> dict[str, float]:
-        result = evaluate(self.model, self.store, self.targets, self.config, self.device)
+        result = evaluate(self.model, self.store, self.targets, self.config, self.device, self.world)
         return metrics.summarize(result.ranks, self.config.eval.ks)
 
-    def finish(self) -> tuple[dict[str, Any], dict[str, float], int]:
-        result = evaluate(self.model, self.store, self.split.test, self.config, self.device)
-        found = assess(self.config, self.store, self.split, result)
-        values = metrics.summarize(result.ranks, self.config.eval.ks)
-        return evaluation_json(self.config, self.store, found, "test", "best"), values, len(result)
+    def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
+        result = evaluate(self.model, self.store, self.split.test, self.config, self.device, self.world)
+
+        def assessed() -> tuple[dict[str, Any], dict[str, float], int]:
+            found = assess(self.config, self.store, self.split, result)
+            values = metrics.summarize(result.ranks, self.config.eval.ks)
+            return evaluation_json(self.config, self.store, found, "test", "best"), values, len(result)
+
+        return assessed
 
 
 class Ranking(Problem):
     """The actions on every item."""
 
-    def __init__(self, config: Config, store: SequenceStore, device: torch.device, folder: Path) -> None:
-        super().__init__(config, store, device, folder)
+    def __init__(self, config: Config, store: SequenceStore, world: World, folder: Path) -> None:
+        super().__init__(config, store, world, folder)
         assert config.ranking is not None
         self.tasks = config.ranking.tasks
         self.progressive = config.ranking.mode == "progressive"
+        self.calibrate = config.ranking.calibrate
+        if self.calibrate and config.run.selection != "validation":
+            raise UserError(f"ranking.calibrate with run.selection={config.run.selection}: expected validation, whose "
+                            "events it is fitted on")  # fmt: skip
         self.ranking_data = RankingData(store, config.ranking)
         if self.progressive:
             if config.run.epochs != 1:
@@ -143,12 +162,12 @@ class Ranking(Problem):
                 raise UserError("no event is held out; take an earlier data.split_time or run.selection=reference")
             self._check_select_metric()
             self.data = RankingBatches(self.ranking_data, self.split, config)
-        self.model = build_model(config, store, self.ranking_data, self._priors()).to(device)
+        self.model = build_model(config, store, self.ranking_data, self._priors()).to(self.device)
         kinds = ranking_metrics.METRICS
         self.metric_names = [f"{n}/{m}" for n, t in self.tasks.items() for m in kinds[t.kind]]
         self.shown = [n for n in self.metric_names if n.rpartition("/")[2] in ("auc", "ne", "rmse")]
         self.predictions: ProgressivePredictions | None = None
-        if self.progressive:
+        if self.progressive and world.is_first:
             self.predictions = ProgressivePredictions(self.ranking_data, folder / "predictions.npy", self.data.rows(0))
 
     @property
@@ -175,29 +194,51 @@ class Ranking(Problem):
         except ValueError as error:
             raise UserError(f"run.select_metric: {error}") from None
 
-    def input(self, epoch: int, step: int) -> tuple[Any, Any]:
-        batch = self.data.batch(epoch, step).to(self.device)
-        return batch, self.model.plan(batch)
+    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
+        share = self.data.share(epoch, step, self.ranks)
+        batch = share.batch.to(self.device)
+        return replace(share, batch=batch), self.model.plan(batch)
 
     @torch.no_grad()
     def observe(self, batch: Any, plan: Any) -> None:
         """Progressive validation: predictions of the batch by the model that has not seen it."""
+        if not self.progressive:
+            return
+        rows = self.world.gather(batch.rows).cpu().numpy()
+        found = {name: self.world.gather(value.float()) for name, value in self.model.predict(batch, plan).items()}
         if self.predictions is not None:
-            self.predictions.put(batch.rows.cpu().numpy(), self.model.predict(batch, plan))
+            self.predictions.put(rows, found)
+
+    def _predictions(self, targets: Targets) -> Predictions | None:
+        """Of the model as it is, or of the pass; None on the ranks that do not hold those of the pass."""
+        if self.progressive:
+            return None if self.predictions is None else self.predictions.result()
+        return predict(self.model, self.ranking_data, self.config, targets, self.device, self.world)
 
     def validate(self) -> dict[str, float]:
-        if self.predictions is not None:
-            return summarize(self.ranking_data, self.predictions.result())
-        found = predict(self.model, self.ranking_data, self.config, self.targets, self.device)
-        return summarize(self.ranking_data, found)
+        if self.calibrate:
+            self._set_calibration({})
+        found = self._predictions(self.targets)
+        if self.calibrate and found is not None:
+            shifts = intercepts(self.ranking_data, found)
+            self._set_calibration(shifts)
+            found = calibrated(found, shifts)
+        return self.world.on_first(lambda: summarize(self.ranking_data, cast(Predictions, found)))
 
-    def finish(self) -> tuple[dict[str, Any], dict[str, float], int]:
-        if self.predictions is not None:
-            found, part = self.predictions.result(), "progressive"
-        else:
-            found, part = predict(self.model, self.ranking_data, self.config, self.split.test, self.device), "test"
-        assessed = assess_ranking(self.config, self.ranking_data, self.split, found, part, "best", self.folder)
-        return assessed, summarize(self.ranking_data, found), len(np.unique(found.users))
+    def _set_calibration(self, shifts: dict[str, float]) -> None:
+        """Of the model as it is; kept with its weights."""
+        buffer = self.model.heads.calibration
+        buffer.copy_(torch.tensor([shifts.get(name, 0.0) for name in self.tasks], dtype=buffer.dtype))
+
+    def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
+        predictions = self._predictions(self.split.test)
+
+        def assessed() -> tuple[dict[str, Any], dict[str, float], int]:
+            found, part = cast(Predictions, predictions), "progressive" if self.progressive else "test"
+            report = assess_ranking(self.config, self.ranking_data, self.split, found, part, "best", self.folder)
+            return report, summarize(self.ranking_data, found), len(np.unique(found.users))
+
+        return assessed
 
 
 def build_model(
@@ -210,7 +251,7 @@ def build_model(
     return RankingModel(config.model, config.ranking, data or RankingData(store, config.ranking), priors)
 
 
-def make_problem(config: Config, store: SequenceStore, device: torch.device, folder: Path) -> Problem:
-    """What ``config`` trains. folder: of the run."""
+def make_problem(config: Config, store: SequenceStore, world: World, folder: Path) -> Problem:
+    """What ``config`` trains on the ranks of ``world``. folder: of the run."""
     cls = Retrieval if config.ranking is None else Ranking
-    return cls(config, store, device, folder)
+    return cls(config, store, world, folder)

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -15,19 +14,23 @@ from hstu.data.stochastic_length import savings_text
 if TYPE_CHECKING:
     from hstu.config import Config
     from hstu.data.store import SequenceStore
+    from hstu.distributed import World
 
 
 class Display:
-    """A live progress bar on a terminal; plain lines where the output is a file."""
+    """A live progress bar on a terminal; plain lines where the output is a file.
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.console = Console()
-        self._live = enabled and self.console.is_terminal
+    enabled: show the bar. shown: print anything at all; false on all ranks but the first.
+    """
+
+    def __init__(self, enabled: bool = True, shown: bool = True) -> None:
+        self.console = Console(quiet=not shown)
+        self._live = enabled and shown and self.console.is_terminal
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def start_run(self, config: Config, store: SequenceStore, data: Any, parameters: dict[str, int],
-                  device: torch.device, folder: Path, global_step: int) -> None:  # fmt: skip
+                  world: World, folder: Path, global_step: int) -> None:  # fmt: skip
         model, run = config.model, config.run
         size = f"{run.batch_tokens:,} events" if run.batch_tokens else f"{run.batch_users} users"
         few = "without training events" if config.ranking else "with fewer than two training events"
@@ -38,10 +41,11 @@ class Display:
             if config.ranking.mode == "progressive":
                 size = f"{config.ranking.batch_events:,} events in time order"
         name = str(store.meta.get("name", config.data.name))
+        ranks = f" on {world.size} ranks" if world.size > 1 else ""
         without = f"{parameters['without_embeddings']:,} without embeddings"
         lines = [
             f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters ({without}), "
-            f"{objective}, {device}, seed {config.seed}",
+            f"{objective}, {world.device.type}{ranks}, seed {config.seed}",
             f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches of "
             f"{size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
             f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
@@ -68,11 +72,14 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, advance=1, loss=f"{loss:.4f}", rate=f"{events_per_s:,.0f}")
 
-    def validation(self, epoch: int, loss: float, part: str, values: dict[str, float], improved: bool,
+    def validation(self, epoch: int, training: dict[str, float], part: str, values: dict[str, float], improved: bool,
                    saved: dict[str, float]) -> None:  # fmt: skip
+        """training: ``epoch_loss``, and ``imbalance`` of the ranks' work where there are several."""
+        uneven = f"  slowest rank {training['imbalance']:+.1%} of the mean work" if "imbalance" in training else ""
         numbers = "  ".join(f"{n} {value:.4f}" for n, value in values.items() if not math.isnan(value))
         star = "  best so far" if improved else ""
-        line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}{savings_text(saved, '  ')}"
+        loss, rest = training["epoch_loss"], f"{savings_text(saved, '  ')}{uneven}"
+        line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}{rest}"
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def end_run(self) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu import ranking_metrics, report
+from hstu import calibration, ranking_metrics, report
 from hstu.baselines import training_rows
 from hstu.config import Config
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import ranking_eval_batches
 from hstu.data.splits import Split, Targets, make_event_split
+from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.evaluate import ALL_USERS, dataset_label, override_eval, run_device, split_targets
 
@@ -51,22 +52,30 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(
-    model: RankingModel, data: RankingData, config: Config, targets: Targets, device: torch.device | str = "cpu"
-) -> Predictions:
+    model: RankingModel, data: RankingData, config: Config, targets: Targets, device: torch.device | str = "cpu",
+    world: World | None = None,
+) -> Predictions:  # fmt: skip
     """Predictions of every target, each once, from what its user did before (form ``fused``: before its group of at
-    most ``ranking.targets`` events)."""
+    most ``ranking.targets`` events). The ranks of ``world`` take the batches in turns and all return the same."""
+    world = world or World()
     was_training = model.training
     model.eval()
-    rows, parts = [], []
-    for batch in ranking_eval_batches(data, config, targets):
+    rows = [np.empty(0, np.int64)]
+    parts = [{name: np.empty((0, *_width(task)), np.float32) for name, task in data.config.tasks.items()}]
+    for batch in ranking_eval_batches(data, config, targets, world):
         batch = batch.to(torch.device(device))
         rows.append(batch.rows.cpu().numpy())
         parts.append({name: value.float().cpu().numpy() for name, value in model.predict(batch).items()})
     model.train(was_training)
-    joined = np.concatenate(rows)
+    joined = world.gather_arrays(np.concatenate(rows))
     order = np.argsort(joined)
-    values = {name: np.concatenate([p[name] for p in parts])[order] for name in data.config.tasks}
+    values = {n: world.gather_arrays(np.concatenate([p[n] for p in parts]))[order] for n in data.config.tasks}
     return Predictions(joined[order], owners(data, joined[order]), values)
+
+
+def _width(task: Any) -> tuple[int, ...]:
+    """Shape of the prediction of one event."""
+    return (len(task.levels),) if levels(task) else ()
 
 
 def owners(data: RankingData, rows: np.ndarray) -> np.ndarray:
@@ -163,11 +172,7 @@ def assess_ranking(
     """
     systems = {config.model.name: predictions}
     if config.eval.baselines and part != "progressive":
-        from hstu.ranking_baselines import rank_baselines
-
-        trains = training_rows(data.store, split.train_end)[0]
-        for system, values in rank_baselines(data, trains, predictions.rows, seed=config.seed).items():
-            systems[system] = Predictions(predictions.rows, predictions.users, values)
+        systems |= _baselines(config, data, split, predictions)
     rows = [_row(config, data, system, found) for system, found in systems.items()]
     curves = {}
     for name, task in data.config.tasks.items():
@@ -198,6 +203,39 @@ def assess_ranking(
         "rows": rows,
         "reliability": curves,
     }
+
+
+def _baselines(config: Config, data: RankingData, split: Split, model: Predictions) -> dict[str, Predictions]:
+    """Of the events that ``model`` predicts; calibrated like it where the config asks for that."""
+    from hstu.ranking_baselines import LEARNED, rank_baselines
+
+    trains = training_rows(data.store, split.train_end)[0]
+    fit = split.validation.rows if data.config.calibrate and split.validation is not None else model.rows[:0]
+    rows = np.union1d(fit, model.rows)
+    found = {}
+    for system, values in rank_baselines(data, trains, rows, seed=config.seed).items():
+        predictions = Predictions(rows, owners(data, rows), values)
+        shifts = intercepts(data, _at(predictions, fit)) if len(fit) and system in LEARNED else {}
+        found[system] = calibrated(_at(predictions, model.rows), shifts)
+    return found
+
+
+def _at(predictions: Predictions, rows: np.ndarray) -> Predictions:
+    """The predictions of some of the events, rows ascending."""
+    at = np.searchsorted(predictions.rows, rows)
+    return Predictions(rows, predictions.users[at], {task: v[at] for task, v in predictions.values.items()})
+
+
+def intercepts(data: RankingData, predictions: Predictions) -> dict[str, float]:
+    """Binary task -> :func:`hstu.calibration.intercept` of the predictions against the labels."""
+    binary = [name for name, task in data.config.tasks.items() if task.kind == "binary"]
+    return {n: calibration.intercept(predictions.values[n], data.label(n, predictions.rows)) for n in binary}
+
+
+def calibrated(predictions: Predictions, shifts: Mapping[str, float]) -> Predictions:
+    """The predictions with the shift of each task added to its logits."""
+    values = {n: calibration.shifted(v, shifts.get(n, 0.0)) for n, v in predictions.values.items()}
+    return dataclasses.replace(predictions, values=values)
 
 
 def data_label(data: RankingData) -> str:

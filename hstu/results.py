@@ -69,13 +69,25 @@ def expand_runs(options: dict[str, Any]) -> list[Planned]:
 
 def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
     """Evaluates the best checkpoint on test and writes ``evaluation.json`` and ``result.json``."""
-    folder, config = trainer.folder, trainer.config
-    if (folder / "result.json").exists() and (folder / "evaluation.json").exists():
+    folder, world = trainer.folder, trainer.world
+
+    def is_done() -> bool:
+        if not (folder / "result.json").exists() or not (folder / "evaluation.json").exists():
+            return False
         done = report.read_json(folder / "result.json", "delete it to evaluate again")
-        if done.get("epochs") == progress.epoch:
-            return
-    restore_model(checkpoint.load(trainer.checkpoints / checkpoint.BEST), trainer.model)
-    evaluation, values, num_users = trainer.problem.finish()
+        return bool(done.get("epochs") == progress.epoch)
+
+    if world.on_first(is_done):
+        return
+    restore_model(checkpoint.load(trainer.checkpoints / checkpoint.BEST, world), trainer.model, world)
+    assess = trainer.problem.finish()
+    world.on_first(lambda: _write_results(trainer, progress, *assess()))
+
+
+def _write_results(
+    trainer: Trainer, progress: Progress, evaluation: dict[str, Any], values: dict[str, float], num_users: int
+) -> None:
+    folder, config = trainer.folder, trainer.config
     report.write_json(folder / "evaluation.json", evaluation)
     timing = {
         "train_s": progress.seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -15,11 +16,17 @@ from hstu import checkpoint, report
 from hstu.checkpoint_state import restore_model
 from hstu.config import Config, from_dict, to_dict
 from hstu.data.store import SequenceStore
+from hstu.distributed import World
 from hstu.errors import UserError
 
 FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "keep_last", "threads",
-                  "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background"}  # fmt: skip
+                  "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background",
+                  "ranks", "max_restarts", "timeout_s"}  # fmt: skip
 """Fields of ``run`` that may differ between a run and its continuation."""
+
+
+LOCAL_FIELDS = {"run.dir", "run.threads", "run.ranks", "data.root", "data.raw"}
+"""Options that may differ between the machines of a run. The first rank's folder is everyone's."""
 
 
 def run_folder(config: Config) -> Path:
@@ -50,10 +57,10 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
-def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str, Any]) -> None:
+def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str, Any], ranks: int = 1) -> None:
     """Writes ``config.yaml`` and ``environment.json``, or checks that they are those of the run being resumed.
 
-    Raises UserError where the folder holds a run of another config or of another split.
+    ranks: how many train it. Raises UserError where the folder holds a run of another config or of another split.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment_path = folder / "environment.json"
@@ -71,13 +78,14 @@ def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str
         "machine": report.machine(),
         "commit": report.commit(),
         "threads": torch.get_num_threads(),
+        "ranks": ranks,
         "split_hash": store.meta.get("split_hash"),
         "store": str(store.path.resolve()),
         **extra,
     }
     if environment_path.exists():  # what began the run stays; a continuation is added
         begun = report.read_json(environment_path, "delete the run folder")
-        now = {key: environment[key] for key in ("versions", "machine", "commit", "threads")}
+        now = {key: environment[key] for key in ("versions", "machine", "commit", "threads", "ranks")}
         last = (begun.get("resumed") or [begun])[-1]
         if any(last.get(key) != value for key, value in now.items()):
             begun["resumed"] = [*begun.get("resumed", []), now]
@@ -86,6 +94,34 @@ def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str
     partial = folder / ".config.yaml.partial"
     partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     partial.replace(folder / "config.yaml")
+
+
+def agree_on_run(world: World, config: Config, store: SequenceStore) -> None:
+    """Raises UserError, on all ranks, where they run other code, another config or other data than the first."""
+    if world.size == 1:
+        return
+    here = {"code": source_hash(), "torch": torch.__version__}
+    values = {name: value for name, value in flatten(to_dict(config)).items() if name not in LOCAL_FIELDS}
+    data = {"split": store.meta.get("split_hash"), "users": store.num_users, "events": store.num_events}
+    world.agree({**here, **values, **{f"data: {name}": value for name, value in data.items()}})
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def source_hash() -> str:
+    """Of all Python files of this installation, in hex; short."""
+    digest = hashlib.sha256()
+    for package in ("hstu", "kernels"):
+        root = Path(__file__).resolve().parents[1] / package
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def read_config(folder: Path) -> Config:
@@ -113,11 +149,22 @@ def check_same(old: Config, new: Config, folder: Path) -> None:
                 )
 
 
-def open_store(config: Config) -> SequenceStore:
-    """The prepared store of the config's data; prepares it where it is missing."""
+def open_store(config: Config, world: World | None = None) -> SequenceStore:
+    """The prepared store of the config's data; prepares it where it is missing.
+
+    On several ranks the first prepares while the others wait; then, for machines that do not share its disk, the first
+    of each machine; then all open it.
+    """
     from hstu.prepare import prepare
 
-    return prepare(config.data)
+    world = world or World()
+    store: SequenceStore | None = None
+    for turn in (world.is_first, world.local_rank == 0, True):
+        if turn and store is None:
+            store = prepare(config.data)
+        world.barrier()
+    assert store is not None
+    return store
 
 
 def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceStore, Any]:

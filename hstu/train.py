@@ -28,15 +28,17 @@ from hstu.allocator import keep_freed_memory
 from hstu.checkpoint_state import model_state, restore_run, run_state
 from hstu.cli import command, run_hydra
 from hstu.config import Config, to_dict
+from hstu.data.balance import imbalance
 from hstu.data.batches import Prefetcher
-from hstu.distributed import World
+from hstu.data.share import Share
+from hstu.distributed import Engine, World
 from hstu.errors import UserError
 from hstu.evaluate import run_device
-from hstu.loggers import MetricsFile, make_loggers
+from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
 from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
 from hstu.problem import make_problem
 from hstu.progress import Display
-from hstu.runs import describe, load_run, lock_folder, open_store, run_folder
+from hstu.runs import agree_on_run, describe, load_run, lock_folder, open_store, run_folder
 from hstu.seeding import derive
 from kernels._backend import OPS, choose, set_backend
 from kernels._launch import set_autotune
@@ -48,6 +50,7 @@ __all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
 
 STEP_SEED = 12
 """Purpose number of the seed of each step."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
@@ -79,36 +82,49 @@ class Progress:
     loss_sum: float = 0.0
     """Over the epoch so far, weighted by events."""
     loss_events: int = 0
+    imbalance_sum: float = 0.0
+    """Over the steps of the epoch so far, of the work of ranks."""
     metrics_size: int = 0
     """Bytes of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """What one optimizer step consumes: micro-batches and their attention plans."""
+    """What one optimizer step consumes: this rank's shares of its micro-batches, and their attention plans."""
 
-    batches: list[tuple[Any, Any]]
+    parts: list[tuple[Share[Any], Any]]
 
     @property
     def num_events(self) -> int:
-        return sum(b.num_events for b, _ in self.batches)
+        """Of all ranks."""
+        return sum(share.num_events for share, _ in self.parts)
+
+    @property
+    def imbalance(self) -> float:
+        """Of the ranks' work in the step; 0: even."""
+        return imbalance(sum(share.work for share, _ in self.parts))  # type: ignore[arg-type]
 
 
 class Trainer:
-    """One run: one config, one seed, one folder."""
+    """One run: one config, one seed, one folder; on every rank of ``world`` (None: those that are there)."""
 
-    def __init__(self, config: Config, store: SequenceStore, folder: Path, display: Display) -> None:
+    def __init__(
+        self, config: Config, store: SequenceStore, folder: Path, display: Display, world: World | None = None
+    ) -> None:
+        self.world = world = world or World.current(run_device(config.run.device))
         self.config, self.store, self.folder, self.display = config, store, folder, display
-        self.device = run_device(config.run.device)
+        self.device = world.device
         if config.run.precision == "bfloat16" and self.device.type != "cuda":
             raise UserError("run.precision=bfloat16: expected a CUDA device; use float32 on the CPU")
         self._set_up_torch()
-        self.problem = make_problem(config, store, self.device, folder)
+        agree_on_run(world, config, store)
+        self.problem = make_problem(config, store, world, folder)
         self.split, self.data, self.model = self.problem.split, self.problem.data, self.problem.model
         names = self.problem.metric_names
         if config.run.select_metric not in names:
             raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
         self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
+        self.engine = Engine(self.model, world)
         self.optimizer = make_optimizer(self.model, config.optim)
         decay = config.optim.average_decay
         self.average = None if decay is None else WeightAverage(self.model, decay)
@@ -117,15 +133,29 @@ class Trainer:
         self.progress = Progress()
         self.checkpoints = folder / "checkpoints"
         self.stop_signal: int | None = None
+        """Signal that this rank got."""
+        self.stopping: int | None = None
+        """Signal that some rank got, known to all."""
+        self._save_due = False
         self._last_save = time.monotonic()
-        self._lock = lock_folder(folder)
         parameters = self.model.num_parameters()
-        describe(folder, config, store, {"parameters": parameters, "device": str(self.device)})
-        self.saver = checkpoint.Saver(self.checkpoints, run.keep_last, background=run.save_in_background)
+        world.on_first(lambda: self._open_folder(parameters))
+        self.saver = checkpoint.Saver(self.checkpoints, run.keep_last, world, run.save_in_background)
         self._restore()
-        self.metrics_file = MetricsFile(folder / "metrics.jsonl", self.progress.metrics_size)
-        self.loggers = make_loggers(run.loggers, folder, to_dict(config), self.progress.global_step)
-        display.start_run(config, store, self.data, parameters, self.device, folder, self.progress.global_step)
+        self.metrics_file: MetricsFile | NoMetrics = NoMetrics()
+        self.loggers: list[Logger] = []
+        world.on_first(self._open_logs)
+        display.start_run(config, store, self.data, parameters, world, folder, self.progress.global_step)
+
+    def _open_folder(self, parameters: dict[str, int]) -> None:
+        self._lock = lock_folder(self.folder)
+        extra = {"parameters": parameters, "device": str(self.device)}
+        describe(self.folder, self.config, self.store, extra, self.world.size)
+
+    def _open_logs(self) -> None:
+        self.metrics_file = MetricsFile(self.folder / "metrics.jsonl", self.progress.metrics_size)
+        step = self.progress.global_step
+        self.loggers = make_loggers(self.config.run.loggers, self.folder, to_dict(self.config), step)
 
     def _set_up_torch(self) -> None:
         run = self.config.run
@@ -148,17 +178,17 @@ class Trainer:
     def _state(self) -> checkpoint.State:
         self.progress.metrics_size = self.metrics_file.size()
         progress = dataclasses.asdict(self.progress)
-        return run_state(self.model, self.optimizer, self.average, progress, World.current(self.device))
+        return run_state(self.model, self.optimizer, self.average, progress, self.world)
 
     def _save(self) -> None:
         self._check_parameters()
         self.saver.save(self._state(), self.progress.global_step)
-        if self.progress.finished or self.stop_signal is not None:
+        if self.progress.finished or self.stopping is not None:
             self.saver.wait()
         self._last_save = time.monotonic()
 
     def _restore(self) -> None:
-        world = World.current(self.device)
+        world = self.world
         saved = checkpoint.load_last(self.checkpoints, world, set_aside=True)
         if saved is None:
             return
@@ -171,18 +201,20 @@ class Trainer:
 
     def run(self) -> Progress:
         """Trains to the end. Raises Interrupted after a signal, UserError on a non-finite value or a full disk."""
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
         try:
             while not self.progress.finished:
                 self._epoch()
-            if self.stop_signal is not None:
-                raise Interrupted(self.stop_signal, self.folder)
+            self._agree_to_stop()
+            if self.stopping is not None:
+                raise Interrupted(self.stopping, self.folder)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.saver.close()
             self.metrics_file.close()
-            self._lock.close()
+            if self.world.is_first:
+                self._lock.close()
             for logger in self.loggers:
                 logger.close()
             self.display.end_run()
@@ -216,18 +248,21 @@ class Trainer:
         self._end_epoch()
 
     def _step(self, step_input: StepInput) -> float:
-        """One optimizer step; returns the loss, the mean over all positions of the step."""
+        """One optimizer step; returns the loss, the mean over all positions of the step on all ranks."""
         seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for index, (batch, plan) in enumerate(step_input.batches):
-            self.problem.observe(batch, plan)
-            share = batch.num_events / step_input.num_events
-            loss = self._loss(batch, derive(seed, index), plan) * share
-            loss.backward()
+        for index, (share, plan) in enumerate(step_input.parts):
+            self.problem.observe(share.batch, plan)
+            part = share.num_events / step_input.num_events
+            is_last = index == len(step_input.parts) - 1
+            with contextlib.nullcontext() if is_last else self.engine.local():
+                loss = self._loss(share.batch, derive(seed, index), plan) * part
+                (loss * self.world.size).backward()
             total += float(loss.detach())
         norm = gradient_norm(self.model)
-        if not math.isfinite(total) or not bool(torch.isfinite(norm)):
+        total, is_finite = self._exchange(total, norm)
+        if not is_finite:
             self._stop_non_finite(step_input, seed, total)
         if self.config.optim.clip_norm is not None:
             clip_gradients(self.model, norm, self.config.optim.clip_norm)
@@ -237,20 +272,46 @@ class Trainer:
             self.average.update()
         return total
 
+    def _exchange(self, loss: float, norm: Tensor) -> tuple[float, bool]:
+        """The loss of all ranks and whether all of it is finite; what ranks decide together after the step.
+
+        One sum over ranks, as it is made at every step.
+        """
+        minutes = self.config.run.save_every_minutes
+        due = minutes is not None and time.monotonic() - self._last_save >= 60.0 * minutes
+        flags = [float(bool(torch.isfinite(norm))), float(due and self.world.is_first), *self._stop_flags()]
+        if self.world.size > 1:
+            values = torch.tensor([loss, *flags], dtype=torch.float64, device=self.device)
+            loss, *flags = self.world.sum(values).tolist()
+        self._save_due = flags[1] > 0
+        self._take_stop_flags(flags[2:])
+        return loss, math.isfinite(loss) and flags[0] == self.world.size
+
+    def _stop_flags(self) -> list[float]:
+        return [float(self.stop_signal == number) for number in STOP_SIGNALS]
+
+    def _take_stop_flags(self, flags: list[float]) -> None:
+        self.stopping = next((n for n, flag in zip(STOP_SIGNALS, flags, strict=True) if flag > 0), None)
+
+    def _agree_to_stop(self) -> None:
+        """Sets ``stopping`` where a signal has come to some rank."""
+        flags = torch.tensor(self._stop_flags(), dtype=torch.float64, device=self.device)
+        self._take_stop_flags(self.world.sum(flags).tolist())
+
     def _rate(self) -> float:
         return learning_rate(self.config.optim, self.progress.global_step, self.total_steps)
 
     def _loss(self, batch: Any, seed: int, plan: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
-            return self.model.loss(batch, seed, plan)  # type: ignore[no-any-return]
+            return self.engine.loss(batch, seed, plan)
 
     def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
         from hstu.nonfinite import first_non_finite
 
         name = None
-        for index, (batch, plan) in enumerate(step_input.batches):
-            found = partial(self._loss, batch, derive(seed, index), plan)
-            name = name or first_non_finite(self.model, found)
+        for index, (share, plan) in enumerate(step_input.parts):
+            found = partial(self._loss, share.batch, derive(seed, index), plan)
+            name = name or first_non_finite(self.model, found, self.world)
         name = name or "the norm of all gradients (each of them is finite)"
         self._fail_non_finite(name, f"{loss}")
 
@@ -272,19 +333,19 @@ class Trainer:
         progress.num_events += step_input.num_events
         progress.loss_sum += loss * step_input.num_events
         progress.loss_events += step_input.num_events
+        progress.imbalance_sum += step_input.imbalance
         events_per_s = step_input.num_events / seconds
         self.display.step(progress.loss_sum / progress.loss_events, events_per_s)
         if progress.global_step % run.log_every_steps == 0:
             num_batches = min(progress.step * self.config.optim.accumulate_steps, self.data.num_steps(progress.epoch))
             saved = self.data.savings(progress.epoch, num_batches)
-            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s, **saved})
-        if self.stop_signal is not None:
+            uneven = {"imbalance": step_input.imbalance} if self.world.size > 1 else {}
+            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s, **saved, **uneven})
+        if self.stopping is not None:
             self._save()
-            raise Interrupted(self.stop_signal, self.folder)
+            raise Interrupted(self.stopping, self.folder)
         due = run.save_every_steps is not None and progress.global_step % run.save_every_steps == 0
-        if run.save_every_minutes is not None:
-            due = due or time.monotonic() - self._last_save >= 60.0 * run.save_every_minutes
-        if due:
+        if due or self._save_due:
             self._save()
 
     def _log(self, values: dict[str, float], **extra: Any) -> None:
@@ -295,22 +356,26 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """An update can overflow though its gradients were finite: seen here, before anything is saved."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                self._fail_non_finite(f"parameter {name}", "not computed yet")
+        bad = (n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all()))
+        found = [name for name in self.world.gather_objects(next(bad, None)) if name is not None]
+        if found:
+            self._fail_non_finite(f"parameter {found[0]}", "not computed yet")
 
     def _end_epoch(self) -> None:
         progress, run = self.progress, self.config.run
         self._check_parameters()
-        epoch_loss = progress.loss_sum / max(1, progress.loss_events)
+        epoch = {"epoch_loss": progress.loss_sum / max(1, progress.loss_events)}
+        if self.world.size > 1:
+            epoch["imbalance"] = progress.imbalance_sum / max(1, progress.step)
         progress.epoch, progress.step = progress.epoch + 1, 0
-        progress.loss_sum, progress.loss_events = 0.0, 0
+        progress.loss_sum, progress.loss_events, progress.imbalance_sum = 0.0, 0, 0.0
         done = progress.epoch >= run.epochs
         if progress.epoch % run.eval_every_epochs == 0 or done:
-            self._validate(epoch_loss)
+            self._validate(epoch)
             done = done or self._stopped_early()
         progress.finished = done
-        stopping = self.stop_signal
+        self._agree_to_stop()
+        stopping = self.stopping
         if done or stopping or (run.save_every_epochs is not None and progress.epoch % run.save_every_epochs == 0):
             self._save()
         if stopping is not None and not done:
@@ -320,12 +385,12 @@ class Trainer:
         limit = self.config.run.early_stop_evals
         return limit is not None and self.progress.evals_since_best >= limit
 
-    def _validate(self, epoch_loss: float) -> None:
+    def _validate(self, epoch: dict[str, float]) -> None:
         """Evaluates the weights, or their average where the config asks for one; keeps them if they are the best."""
         with contextlib.nullcontext() if self.average is None else self.average.applied():
-            self._validate_weights(epoch_loss)
+            self._validate_weights(epoch)
 
-    def _validate_weights(self, epoch_loss: float) -> None:
+    def _validate_weights(self, epoch: dict[str, float]) -> None:
         progress, started = self.progress, time.perf_counter()
         values = self.problem.validate()
         name = self.config.run.select_metric
@@ -338,17 +403,18 @@ class Trainer:
         progress.eval_seconds += time.perf_counter() - started
         part = self.problem.part
         saved = self.data.savings(progress.epoch - 1)
-        self._log({"epoch_loss": epoch_loss, **values, **saved}, kind=part)
+        self._log({**epoch, **values, **saved}, kind=part)
         shown = [n for n in dict.fromkeys([name, *self.problem.shown]) if n in values]
-        self.display.validation(progress.epoch, epoch_loss, part, {n: values[n] for n in shown}, improved, saved)
+        self.display.validation(progress.epoch, epoch, part, {n: values[n] for n in shown}, improved, saved)
         if improved:
             self.saver.save_best(checkpoint.State(model_state(self.model), {"progress": dataclasses.asdict(progress)}))
 
 
-def train(config: Config, display: Display | None = None) -> Path:
+def train(config: Config, display: Display | None = None, world: World | None = None) -> Path:
     """Trains one run (one seed, no variants), evaluates its best checkpoint on test; returns its folder.
 
-    The folder then holds ``result.json`` and ``evaluation.json``. A finished run is not repeated.
+    The folder then holds ``result.json`` and ``evaluation.json``. A finished run is not repeated. world: the ranks that
+    train it together; None: those that are there.
 
     Raises:
         UserError: a wrong config, data or run folder, a non-finite value, a full disk.
@@ -357,13 +423,14 @@ def train(config: Config, display: Display | None = None) -> Path:
     from hstu.results import evaluate_finished
 
     keep_freed_memory()
-    folder = run_folder(config)
-    display = display or Display(config.run.progress)
-    store = open_store(config)
-    trainer = Trainer(config, store, folder, display)
+    world = world or World.current(run_device(config.run.device))
+    folder = world.on_first(lambda: run_folder(config))
+    display = display or Display(config.run.progress, world.is_first)
+    store = open_store(config, world)
+    trainer = Trainer(config, store, folder, display, world)
     progress = trainer.run()
     evaluate_finished(trainer, progress)
-    report.plot_curves(folder)
+    world.on_first(lambda: report.plot_curves(folder))
     return folder
 
 

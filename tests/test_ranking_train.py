@@ -72,15 +72,15 @@ def stored(tmp_path_factory):
 def planted(monkeypatch, stored):
     """Runs find the planted log instead of preparing one, and draw no curves."""
     monkeypatch.setattr("hstu.report.plot_curves", lambda folder: None)
-    monkeypatch.setattr("hstu.train.open_store", lambda config: stored)
-    monkeypatch.setattr("hstu.runs.open_store", lambda config: stored)
+    monkeypatch.setattr("hstu.train.open_store", lambda config, world=None: stored)
+    monkeypatch.setattr("hstu.runs.open_store", lambda config, world=None: stored)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, stored):
     """One uninterrupted run of each form."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("hstu.train.open_store", lambda config: stored)
+    patch.setattr("hstu.train.open_store", lambda config, world=None: stored)
     patch.setattr("hstu.report.plot_curves", lambda folder: None)
     runs = {}
     for form in ("interleaved", "fused"):
@@ -195,7 +195,7 @@ def test_wrong_settings_are_one_clear_line_before_training(tmp_path, changes, me
 
 def test_a_task_without_training_labels_is_an_error(stored, tmp_path, monkeypatch):
     store = planted_store(tmp_path / "s", watch_s=np.full(stored.num_events, np.nan))
-    monkeypatch.setattr("hstu.train.open_store", lambda config: store)
+    monkeypatch.setattr("hstu.train.open_store", lambda config, world=None: store)
     with pytest.raises(UserError, match=r"tasks\.watch: none of \d+ training events has a label"):
         train(make_config(tmp_path))
 
@@ -255,3 +255,29 @@ def test_what_a_ranking_run_cannot_do_is_one_clear_line(trained, tmp_path):
     progressive = train(progressive_config(tmp_path))
     with pytest.raises(UserError, match=r"is a progressive run: .*evaluation\.json"):
         evaluate_run(evaluate_options(progressive))
+
+
+# Calibration
+
+
+def test_calibration_is_fitted_on_validation_and_kept_in_the_checkpoint(trained, tmp_path):
+    _, plain = trained["interleaved"]
+    folder = train(make_config(tmp_path, ranking={"calibrate": True}, eval_baselines=True))
+    losses = [[line["epoch_loss"] for line in logged(run) if "epoch_loss" in line] for run in (plain, folder)]
+    assert losses[0] == losses[1]  # training does not see it
+    on_validation = evaluate_run(evaluate_options(folder, split="validation"))
+    systems = {row["system"]: row["metrics"] for row in on_validation["rows"]}
+    assert systems["hstu"]["click/calibration"] == pytest.approx(1.0, abs=1e-4)
+    assert systems["logistic regression"]["click/calibration"] == pytest.approx(1.0, abs=1e-4)
+    assert systems["item rate"]["click/calibration"] != pytest.approx(1.0, abs=1e-3)
+    before, after = first_row(plain)["metrics"], first_row(folder)["metrics"]
+    assert after["click/calibration"] != before["click/calibration"]
+    assert after["watch/rmse"] == before["watch/rmse"]
+    again = evaluate_run(evaluate_options(folder))
+    assert again["rows"][0]["metrics"] == after
+
+
+def test_calibration_without_validation_events_is_refused(tmp_path):
+    config = make_config(tmp_path, ranking={"calibrate": True}, run_selection="reference")
+    with pytest.raises(UserError, match="ranking.calibrate with run.selection=reference: expected validation"):
+        train(config)

@@ -261,15 +261,18 @@ def cut_batches(lengths: np.ndarray, batch_users: int, batch_tokens: int | None)
 
 
 def eval_batches(
-    store: SequenceStore, targets: Targets, max_len: int, batch_users: int, columns: EventColumns | None = None
-) -> Iterator[tuple[Batch, Tensor]]:
+    store: SequenceStore, targets: Targets, max_len: int, batch_users: int, columns: EventColumns | None = None,
+    least: int = 0,
+) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
     """Batches of the last ``max_len`` events before each target, in the order of ``targets``.
+
+    least: so many batches at least; those beyond the targets are empty.
 
     Yields:
         (batch, target items [B] int64); the last row of each user is labelled with the target and asked at its time.
     """
     columns = columns or EventColumns(store)
-    for start in range(0, len(targets), batch_users):
+    for start in range(0, max(len(targets), least * batch_users), batch_users):
         users = targets.users[start : start + batch_users]
         rows = targets.rows[start : start + batch_users]
         lengths = np.minimum(rows - store.offsets[users], max_len).astype(np.int64)

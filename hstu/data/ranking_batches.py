@@ -21,6 +21,7 @@ from hstu.data.ranking import RankingData, Sequences, cut_fused, cut_interleaved
 from hstu.data.share import Ranks, Share
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
+from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.seeding import derive
 
@@ -362,11 +363,19 @@ def target_sequences(data: RankingData, config: Config, rows: np.ndarray) -> Seq
     return cut(config, users, offsets[users], begins, begins + counts)
 
 
-def ranking_eval_batches(data: RankingData, config: Config, targets: Targets) -> Iterator[RankingBatch]:
-    """Batches that predict every target once, users in the order of ``targets``."""
+def ranking_eval_batches(
+    data: RankingData, config: Config, targets: Targets, world: World | None = None
+) -> Iterator[RankingBatch]:
+    """Batches that predict every target once, users in the order of ``targets``; of several ranks those of this one.
+
+    All ranks get equally many, as a table that lies on several ranks needs them all; the last may be empty.
+    """
+    world = world or World()
     sequences = target_sequences(data, config, np.asarray(targets.rows))
     lengths = sequences.stop - sequences.first
     size = config.eval.batch_users
     bounds = cut_batches(lengths, size, size * 64)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    num_batches = len(bounds) - 1
+    for index in range(world.rank, -(-num_batches // world.size) * world.size, world.size):
+        start, stop = bounds[min(index, num_batches)], bounds[min(index + 1, num_batches)]
         yield gather(data, take(sequences, slice(start, min(stop, len(sequences)))))
