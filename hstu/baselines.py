@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hstu.data.splits import Targets
     from hstu.data.store import SequenceStore
 
+BLOCK_ROWS = 1 << 22
+"""Events counted at once."""
 BLOCK_SEEN = 2_000_000
 """Seen items held at once while baselines are ranked (about 100 bytes each)."""
 
@@ -48,8 +50,14 @@ def training_rows(store: SequenceStore, train_end: np.ndarray) -> tuple[np.ndarr
 
 def popularity(store: SequenceStore, train_end: np.ndarray) -> np.ndarray:
     """Number of training events of each item, int64 [num_items + 1]; row 0 is padding and 0."""
-    rows, _ = training_rows(store, train_end)
-    return np.bincount(np.asarray(store.item_ids)[rows], minlength=store.num_items + 1)
+    offsets, train_end = np.asarray(store.offsets), np.asarray(train_end)
+    counts = np.zeros(store.num_items + 1, np.int64)
+    cuts = np.searchsorted(offsets, np.arange(0, int(offsets[-1]), BLOCK_ROWS))
+    edges = np.unique(np.concatenate([[0], cuts, [len(train_end)]]))
+    for first, last in zip(edges[:-1], edges[1:], strict=True):  # users first .. last
+        rows, _ = expand(offsets[first:last], train_end[first:last])
+        counts += np.bincount(store.item_ids[rows], minlength=len(counts))
+    return counts
 
 
 class Transitions:

@@ -85,7 +85,7 @@ def evaluate(
     device, max_len, size = torch.device(device), config.model.max_len, config.eval.batch_users
     places, rounds = turns(len(kept), size, world)
     own = Targets(kept.users[places], kept.rows[places])
-    item_ids = np.asarray(store.item_ids)
+    item_ids = store.item_ids
     was_training = model.training
     model.eval()
     ranks, at = np.empty(len(own), dtype=np.float64), 0
@@ -188,12 +188,12 @@ def assess(config: Config, store: SequenceStore, split: Split, result: RankResul
                 )
                 values = metrics.summarize(ranks[inside], ks)
                 rows.append(Row(system, group, int(inside.sum()), values, intervals))
-    times = np.asarray(store.timestamps)
+    times = store.timestamps
     counts = baselines.popularity(store, split.train_end)
     parts = metrics.breakdowns(
         result.ranks,
         result.rows - np.asarray(store.offsets)[result.users],
-        counts[np.asarray(store.item_ids)[result.rows]],
+        counts[store.item_ids[result.rows]],
         times[result.rows] - times[result.rows - 1],
         ks,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from hstu.config import StochasticLengthConfig
 from hstu.data.random_rows import rows_of
 from hstu.data.share import Ranks, Share
+from hstu.data.sharded_store import JoinedColumn
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
 from hstu.data.store import SequenceStore
@@ -73,6 +74,16 @@ class Batch:
         return int(self.item_ids.shape[0])
 
 
+class JoinedRows:
+    """A column of a sharded store; gives the rows that are asked for as a tensor."""
+
+    def __init__(self, column: JoinedColumn) -> None:
+        self.column = column
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return torch.from_numpy(self.column.take(rows.numpy()))
+
+
 class EventColumns:
     """The store's event columns as tensors: mapped from disk on the CPU, resident on a GPU when they fit."""
 
@@ -95,9 +106,11 @@ class EventColumns:
             self.device = target
         self.item_ids, self.timestamps, self.actions = (self._tensor(c) for c in columns)
 
-    def _tensor(self, column: np.ndarray | None) -> Tensor | None:
+    def _tensor(self, column: Any) -> Any:
         if column is None:
             return None
+        if self.device.type == "cpu" and isinstance(column, JoinedColumn):
+            return JoinedRows(column)
         if self.device.type == "cpu":
             import warnings
 

@@ -80,6 +80,23 @@ def make_event_split(store: SequenceStore, selection: str = "validation") -> Spl
     return Split(train_end, _all_events(train_end, test_start), test)
 
 
+def training_time(store: SequenceStore, selection: str) -> int | None:
+    """Time in s from which on no event trains; None where the split is by place and not by time."""
+    if _is_leave_last_out(store, selection):
+        return None
+    time = resolve_split_time(store.meta["split"]["time"], store.timestamps)
+    if selection == "reference":
+        return time
+    return _validation_time(store, time, int(_events_before(store, time).sum()))
+
+
+def training_ends(store: SequenceStore, selection: str, time: int | None) -> np.ndarray:
+    """[U] int64 ``Split.train_end`` of ``store``, which may be one shard. time: :func:`training_time` of all shards."""
+    if time is None:
+        return _leave_last_out(store, selection).train_end
+    return store.offsets[:-1] + _events_before(store, time)
+
+
 def _is_leave_last_out(store: SequenceStore, selection: str) -> bool:
     """Whether the store's split is leave-last-out and not global-time; checks ``selection`` too."""
     if selection not in ("validation", "reference"):

@@ -1,0 +1,218 @@
+"""The shuffle buffer and the batches of a rank's own shards: everybody once, any stop continued exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu.data.batches import EventColumns, TrainBatches
+from hstu.data.shard_stream import StreamBatches
+from hstu.data.sharded_store import ShardedStore
+from hstu.data.share import Ranks
+from hstu.data.shuffle_buffer import ShuffleBuffer, Users, joined_ranges
+from hstu.data.splits import make_split
+from hstu.data.store import SequenceStore
+from hstu.distributed import World
+from hstu.errors import UserError
+from tests.data.logs import prepare_log
+from tests.data.test_sharded import write_files
+
+MAX_LEN = 9
+
+
+class Counting:
+    """A source of the users 0..n-1; user u has u % 3 + 1 events with the value u."""
+
+    def __init__(self, num_users: int) -> None:
+        self.num_users, self.fetched = num_users, 0
+
+    def begin(self, epoch: int) -> int:
+        return self.num_users
+
+    def refs(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(start, stop)
+
+    def fetch(self, refs: np.ndarray) -> Users:
+        self.fetched += len(refs)
+        lengths = refs % 3 + 1
+        return Users(refs, lengths, {"value": np.repeat(refs, lengths)})
+
+
+def drain(buffer: ShuffleBuffer, size: int = 7) -> list[int]:
+    found: list[int] = []
+    while len(users := buffer.take(size)):
+        assert np.array_equal(users.columns["value"], np.repeat(users.refs, users.refs % 3 + 1))
+        found += users.refs.tolist()
+    return found
+
+
+@pytest.mark.parametrize("num_users", [0, 1, 2, 15, 16, 17, 100])
+@pytest.mark.parametrize("buffer_users", [1, 2, 16, 1000])
+def test_everybody_leaves_once(num_users: int, buffer_users: int) -> None:
+    assert sorted(drain(ShuffleBuffer(Counting(num_users), buffer_users, seed=0))) == list(range(num_users))
+
+
+def test_order_is_random_bounded_and_of_its_epoch() -> None:
+    buffer = ShuffleBuffer(Counting(1000), 100, seed=0)
+    first = drain(buffer)
+    assert first != sorted(first)
+    assert all(user < place + 100 for place, user in enumerate(first)), "nobody leaves before entering"
+    buffer.start(1)
+    second = drain(buffer)
+    assert second != first and sorted(second) == sorted(first)
+    assert drain(ShuffleBuffer(Counting(1000), 100, seed=1)) != first
+    assert drain(ShuffleBuffer(Counting(1000), 100, seed=0), size=64) == first, "the size of a step changes no order"
+
+
+@pytest.mark.parametrize("stop", [0, 1, 49, 50, 51, 99, 150, 420, 499, 500])
+@pytest.mark.parametrize("how", ["state", "seek"])
+def test_stopped_anywhere_and_continued(stop: int, how: str) -> None:
+    undisturbed = ShuffleBuffer(Counting(500), 100, seed=4)
+    undisturbed.start(2)
+    order = drain(undisturbed)
+    source = Counting(500)
+    if how == "state":
+        before = ShuffleBuffer(Counting(500), 100, seed=4)
+        before.start(2)
+        assert before.take(stop).refs.tolist() == order[:stop]
+        state = json.loads(json.dumps(before.state()))
+        assert len(state["refs"]) <= 100, "users are kept by reference"
+        after = ShuffleBuffer(source, 100, seed=4)
+        after.restore(state)
+    else:
+        after = ShuffleBuffer(source, 100, seed=4)
+        after.seek(2, stop)
+    assert source.fetched <= 100, "only the buffer is read again"
+    assert drain(after) == order[stop:]
+
+
+def test_joined_ranges() -> None:
+    assert joined_ranges(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert joined_ranges(np.array([], np.int64), np.array([], np.int64)).tolist() == []
+
+
+# Batches of a store
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SequenceStore]:
+    folder = tmp_path_factory.mktemp("stream")
+    raw = write_files(folder / "raw")
+    columns = {"action": "stars"}
+    by_time = {"split": "global-time", "split_time": "0.7q"}
+    return {
+        "last": prepare_log(folder, raw, columns, shards=5),
+        "time": prepare_log(folder, raw, columns, shards=5, **by_time),
+        "single": prepare_log(folder, raw, columns),
+    }
+
+
+def make(store: SequenceStore, selection: str = "validation", rank: int = 0, size: int = 1, **values: Any) -> Any:
+    settings = {"max_len": MAX_LEN, "seed": 3, "batch_users": 16, "buffer_users": 40, **values}
+    return StreamBatches(store, selection, world=World(rank, size), **settings)
+
+
+def histories(batch: Any) -> dict[int, tuple[list[int], ...]]:
+    """User row -> its inputs, labels, times, request times, actions."""
+    columns = (batch.item_ids, batch.labels, batch.timestamps, batch.request_times, batch.actions)
+    bounds = batch.offsets.tolist()
+    return {
+        user: tuple(c[a:b].tolist() for c in columns)
+        for user, a, b in zip(batch.users.tolist(), bounds, bounds[1:], strict=False)
+    }
+
+
+@pytest.mark.parametrize("kind", ["last", "time"])
+@pytest.mark.parametrize("selection", ["validation", "reference"])
+def test_an_epoch_holds_what_drawing_from_all_users_holds(
+    stores: dict[str, SequenceStore], kind: str, selection: str
+) -> None:
+    store = stores[kind]
+    stream = make(store, selection)
+    whole = TrainBatches(EventColumns(store), store, make_split(store, selection), MAX_LEN, seed=3, batch_users=16)
+    assert (len(stream.users), stream.num_skipped) == (len(whole.users), whole.num_skipped)
+    assert stream.num_steps(0) == whole.num_steps(0)
+    found: dict[int, Any] = {}
+    for step in range(stream.num_steps(0)):
+        part = histories(stream.share(0, step, Ranks()).batch)
+        assert not set(part) & set(found)
+        found |= part
+    expected: dict[int, Any] = {}
+    for step in range(whole.num_steps(0)):
+        expected |= histories(whole.batch(0, step))
+    assert found == expected
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_read_disjoint_shards_and_end_together(stores: dict[str, SequenceStore], size: int) -> None:
+    store = stores["last"]
+    ranks = [make(store, rank=rank, size=size) for rank in range(size)]
+    files = [{s.path for s in rank.source.shards} for rank in ranks]
+    assert sum(map(len, files)) == len(set.union(*files)) == 5
+    assert {rank.num_steps(0) for rank in ranks} == {-(-len(ranks[0].users) // 16)}
+    seen: list[int] = []
+    for step in range(ranks[0].num_steps(0)):
+        batches = [rank.share(0, step, Ranks(r, size)).batch for r, rank in enumerate(ranks)]
+        assert all(len(batch.users) > 0 for batch in batches), "no rank is without users"
+        drawn = torch.cat([batch.random_rows for batch in batches])
+        assert len(drawn.unique()) == len(drawn), "no two events draw the same random numbers"
+        seen += [u for batch in batches for u in batch.users.tolist()]
+    assert sorted(seen) == sorted(make_training_users(store))
+
+
+def make_training_users(store: SequenceStore) -> list[int]:
+    return TrainBatches(
+        EventColumns(store), store, make_split(store), MAX_LEN, seed=0, batch_users=16
+    ).users.tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 1), (0, 5), (1, 0), (1, 8)])
+def test_any_step_continues_as_if_never_stopped(stores: dict[str, SequenceStore], epoch: int, step: int) -> None:
+    undisturbed, fresh = make(stores["last"]), make(stores["last"])
+    steps = [(e, s) for e in range(2) for s in range(undisturbed.num_steps(e))]
+    expected = {at: histories(undisturbed.share(*at, Ranks()).batch) for at in steps}
+    for at in steps[steps.index((epoch, step)) :]:
+        assert list(histories(fresh.share(*at, Ranks()).batch).items()) == list(expected[at].items())
+
+
+def test_epochs_differ_and_seeds_differ(stores: dict[str, SequenceStore]) -> None:
+    first = make(stores["last"]).share(0, 0, Ranks()).batch.users.tolist()
+    assert make(stores["last"]).share(1, 0, Ranks()).batch.users.tolist() != first
+    assert make(stores["last"], seed=4).share(0, 0, Ranks()).batch.users.tolist() != first
+
+
+def test_more_ranks_than_shards_and_single_stores_are_refused(stores: dict[str, SequenceStore]) -> None:
+    with pytest.raises(UserError, match="6 ranks and 5 shards"):
+        make(stores["last"], size=6)
+    with pytest.raises(UserError, match=r"run.reader=stream: .* is one store; prepare it with data.shards=S"):
+        make(stores["single"])
+
+
+def test_nobody_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,timestamp\na,1,5\nb,2,6\n")
+    with pytest.raises(UserError, match="no user has two training events"):
+        make(prepare_log(tmp_path, tmp_path / "log.csv", shards=2))
+
+
+# Every other path reads a sharded store as it reads one store
+
+
+def test_drawing_from_all_users_of_shards(stores: dict[str, SequenceStore]) -> None:
+    """Batches of the joined view against those of one store with the same users in the same order."""
+    sharded, single = stores["last"], stores["single"]
+    assert isinstance(sharded, ShardedStore)
+    row = {raw: u for u, raw in enumerate(single.user_raw_ids.tolist())}
+    rows = np.array([row[raw] for raw in sharded.user_raw_ids.tolist()])
+    whole = TrainBatches(EventColumns(sharded), sharded, make_split(sharded), MAX_LEN, seed=3, batch_users=16)
+    found = whole.batch(0, 0)
+    columns, ends = EventColumns(single), make_split(single).train_end
+    users = rows[found.users.numpy()]
+    lengths = np.minimum(ends[users] - single.offsets[users] - 1, MAX_LEN)
+    expected = columns.gather(users, ends[users] - 1 - lengths, lengths)
+    for name in ("offsets", "item_ids", "timestamps", "request_times", "labels", "actions"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
