@@ -153,8 +153,18 @@ def command(main: Callable[..., Any]) -> Callable[..., int]:
 
 
 def _fail(line: str, status: int) -> int:
-    print(f"error: {line}", file=sys.stderr)
+    if _speaks():
+        print(f"error: {line}", file=sys.stderr)
     sys.exit(status)
+
+
+def _speaks() -> bool:
+    """False on a rank of torchrun where another one has reported the failure."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from hstu.launch import first_to_say
+
+    return first_to_say()
 
 
 def _one_line(error: BaseException) -> str | None:

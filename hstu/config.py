@@ -274,6 +274,13 @@ class RunConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    ranks: int | None = None
+    """Processes that train together on this machine, each on a GPU of its own where there are GPUs. What is trained
+    does not depend on their number. None: one, or those that torchrun has started."""
+    max_restarts: int = 3
+    """With ``ranks``: how often they are started again, from the last checkpoint, when one of them dies."""
+    timeout_s: float = 600.0
+    """With several ranks: seconds without a sign of life of one, or of waiting for it, after which it is given up."""
     precision: str = "float32"
     """float32 or bfloat16 (autocast, CUDA only)."""
     tf32: bool = False
@@ -309,7 +316,9 @@ class RunConfig:
         _one_of("run.precision", self.precision, ("float32", "bfloat16"))
         for name in ("keep_last", "eval_every_epochs", "log_every_steps"):
             _check(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
-        for name in ("save_every_steps", "save_every_epochs", "early_stop_evals", "threads"):
+        _check(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, ">= 0")
+        _check(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "> 0")
+        for name in ("save_every_steps", "save_every_epochs", "early_stop_evals", "threads", "ranks"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"run.{name}", value, ">= 1 or null")
         minutes = self.save_every_minutes

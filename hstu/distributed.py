@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hstu.errors import UserError
+from hstu.pulse import Pulse
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ class World:
         device: where this rank computes.
         local_rank: its number on its machine.
         patient: the group of all ranks whose calls wait for as long as every rank lives; None: the default group.
+        pulse: what tells a hanging rank; None: nothing.
+        again: why the ranks had to be started again; empty: they had not.
     """
 
     rank: int = 0
@@ -40,6 +43,8 @@ class World:
     device: torch.device = torch.device("cpu")
     local_rank: int = 0
     patient: dist.ProcessGroup | None = None
+    pulse: Pulse | None = None
+    again: str = ""
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> World:
@@ -48,6 +53,11 @@ class World:
         if not dist.is_available() or not dist.is_initialized():
             return cls(device=device)
         return cls(dist.get_rank(), dist.get_world_size(), device, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+
+    def at(self, position: int) -> None:
+        """Says how far this rank has come; the numbers are the same on all ranks."""
+        if self.pulse is not None:
+            self.pulse.position = position
 
     @property
     def is_first(self) -> bool:
@@ -134,14 +144,12 @@ class World:
 class StepLoss(nn.Module):
     """A model with its loss as the forward, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: nn.Module, total: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__()
-        self.model, self.total = model, total
+        self.model, self.world = model, world
 
     def forward(self, batch: Any, seed: int, plan: Any) -> Tensor:
-        if self.total is None:
-            return self.model.loss(batch, seed, plan)  # type: ignore[operator, no-any-return]
-        return self.model.loss(batch, seed, plan, self.total)  # type: ignore[operator, no-any-return]
+        return self.model.loss(batch, seed, plan, self.world)  # type: ignore[operator, no-any-return]
 
 
 class Engine:
@@ -152,8 +160,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
-        self.world = world
-        self.module: nn.Module = StepLoss(model, world.sum if world.size > 1 else None)
+        self.module: nn.Module = StepLoss(model, world)
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             self.module = nn.parallel.DistributedDataParallel(

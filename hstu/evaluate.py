@@ -292,13 +292,25 @@ def plain_options(cfg: Any) -> dict[str, Any]:
     return {str(name): value for name, value in options.items()}
 
 
-def run_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where it is; ``cuda`` without one raises UserError."""
+def run_device(name: str, local_rank: int | None = None) -> torch.device:
+    """``auto`` takes CUDA where it is; ``cuda`` without one raises UserError.
+
+    local_rank: number of the process among those of this machine, each of which needs a GPU of its own; None: alone.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this machine needs a GPU of its own, torch sees {torch.cuda.device_count()}: start "
+            "fewer ranks, or use run.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def evaluate_run(options: dict[str, Any]) -> Evaluation | dict[str, Any]:

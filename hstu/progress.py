@@ -50,6 +50,8 @@ class Display:
             f"{size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
             f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
         ]
+        if world.again:
+            lines.append(world.again)
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
     def start_epoch(self, epoch: int, num_epochs: int, num_steps: int, step: int) -> None:
