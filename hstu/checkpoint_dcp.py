@@ -232,10 +232,9 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
         try:
             results = super().write_data(plan, planner).value()
-        except (RuntimeError, OSError) as error:
-            cause = error.__context__ if isinstance(error, RuntimeError) else error
-            if isinstance(cause, OSError):  # torch.save's own report of a failed write hides it
-                raise OSError(cause.errno, cause.strerror, str(self.path)) from None
+        except RuntimeError as error:  # torch.save's own report of a failed write hides the OSError
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise
         sums = [WriteResult(MetadataIndex(_FILE_RESULT + n), s.size, s.crc32) for n, s in self.files.sums.items()]
         future: Future[list[WriteResult]] = Future()
@@ -274,7 +273,10 @@ def write(
             no_dist=group is None,
         )
     except CheckpointException as error:
-        raise _cause(error) from None
+        cause = _cause(error)
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause = OSError(cause.errno, cause.strerror, str(folder))
+        raise cause from None
 
 
 def _quiet() -> None:

@@ -10,6 +10,7 @@ number of ranks that saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def run_state(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     average: WeightAverage | None,
     progress: dict[str, Any],
     world: World,
@@ -36,14 +37,24 @@ def run_state(
     """All that a run needs to go on as if it had not been interrupted. The tensors are the run's own, not copies."""
     tensors = model_state(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameter, fields in optimizer.state.items():
-        name = names[id(parameter)]
-        tensors |= {f"optimizer.{name}.{field}": torch.as_tensor(value) for field, value in fields.items()}
+    for optimizer in optimizers:
+        for name, fields in _optimizer_state(optimizer, names).items():
+            tensors |= {f"optimizer.{name}.{field}": value for field, value in fields.items()}
     if average is not None:
         for name, value in zip(names.values(), average.values, strict=True):
             tensors[f"average.{name}"] = value
     tensors |= {f"rng.{device}.{world.rank}": value for device, value in _generators(world.device).items()}
     return State(tensors, {"progress": progress, "average_updates": 0 if average is None else average.num_updates})
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, dict[str, Tensor]]:
+    """By name of the parameter and field. names: of the parameters by their identity.
+
+    An optimizer whose parameters are no modules' own, as those of sharded tables, has a method ``states`` for this.
+    """
+    if hasattr(optimizer, "states"):
+        return optimizer.states()  # type: ignore[no-any-return]
+    return {names[id(parameter)]: dict(fields) for parameter, fields in optimizer.state.items()}
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -70,7 +81,11 @@ def _check_names(saved: Saved, targets: dict[str, Tensor]) -> None:
 
 
 def restore_run(
-    saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, world: World
+    saved: Saved,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: WeightAverage | None,
+    world: World,
 ) -> dict[str, Any]:
     """Gives all that :func:`run_state` saved to a run that has not begun; returns the progress.
 
@@ -79,15 +94,14 @@ def restore_run(
     targets = model_state(model)
     _check_names(saved, targets)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    fields = _optimizer_fields(saved, [names[id(p)] for p in parameters])
-    state: dict[int, dict[str, Tensor]] = {}
-    for number, parameter in enumerate(parameters):
-        for field, key in fields.get(number, {}).items():
-            shape, dtype = saved.sizes[key]
-            same = shape == parameter.shape
-            target = torch.zeros_like(parameter.detach(), dtype=dtype) if same else torch.empty(shape, dtype=dtype)
-            targets[key] = state.setdefault(number, {})[field] = target
+    fresh = []
+    for optimizer in optimizers:
+        for name, fields in _optimizer_state(optimizer, names).items():
+            targets |= {f"optimizer.{name}.{field}": value for field, value in fields.items()}
+        if not hasattr(optimizer, "states") and not optimizer.state:
+            state, keys = _state_to_fill(saved, optimizer, names)
+            fresh.append((optimizer, state))
+            targets |= keys
     if average is not None:
         for number, (name, value) in enumerate(zip(names.values(), average.values, strict=True)):
             key = f"average.{name}"
@@ -98,7 +112,8 @@ def restore_run(
         if key in saved.sizes:
             targets[key] = value
     saved.read(targets, world)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for optimizer, state in fresh:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if average is not None:
         average.num_updates = saved.values["average_updates"]
     torch.set_rng_state(generators["cpu"])
@@ -107,13 +122,24 @@ def restore_run(
     return dict(saved.values["progress"])
 
 
-def _optimizer_fields(saved: Saved, names: list[str]) -> dict[int, dict[str, str]]:
-    """Names of the saved tensors by number of the parameter and field. names: of the parameters, in their order."""
-    numbers = {f"optimizer.{name}": number for number, name in enumerate(names)}
-    numbers |= {f"optimizer.#{number}": number for number in range(len(names))}  # the first format
-    found: dict[int, dict[str, str]] = {}
-    for key in saved.sizes:
+def _state_to_fill(
+    saved: Saved, optimizer: torch.optim.Optimizer, names: dict[int, str]
+) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+    """For an optimizer that has made no step: state by number of the parameter and field, and by name in ``saved``.
+
+    What has the shape of its parameter is sharded as that is.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    owners = {f"optimizer.{names[id(parameter)]}": number for number, parameter in enumerate(parameters)}
+    owners |= {f"optimizer.#{number}": number for number in range(len(parameters))}  # of the first format
+    state: dict[int, dict[str, Tensor]] = {}
+    keys: dict[str, Tensor] = {}
+    for key, (shape, dtype) in saved.sizes.items():
         owner, _, field = key.rpartition(".")
-        if owner in numbers:
-            found.setdefault(numbers[owner], {})[field] = key
-    return found
+        if owner in owners:
+            parameter = parameters[owners[owner]].detach()
+            target = torch.empty(shape, dtype=dtype)
+            if shape == parameter.shape:
+                target = torch.zeros_like(parameter, dtype=dtype)
+            keys[key] = state.setdefault(owners[owner], {})[field] = target
+    return state, keys

@@ -15,7 +15,7 @@ import torch
 from hstu import checkpoint, checkpoint_dcp
 from hstu.checkpoint import Saver, State
 from hstu.checkpoint_state import restore_model, restore_run, run_state
-from hstu.cli import _one_line
+from hstu.cli import command
 from hstu.config import OptimConfig
 from hstu.distributed import World
 from hstu.errors import UserError
@@ -110,16 +110,21 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("background", [True, False], ids=["background", "at once"])
 @pytest.mark.parametrize("file", [TENSORS, ".metadata.tmp", "values.json", "manifest.json"])
-def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(tmp_path, background, file):
+def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(tmp_path, capsys, background, file):
     saver = Saver(tmp_path, keep_last=1, background=background)
     saver.save(state(1), 1)
     saver.wait()
     (tmp_path / "step-000000002.partial").mkdir()
     (tmp_path / "step-000000002.partial" / file).symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as raised:
+
+    @command
+    def train() -> None:
         saver.save(state(2), 2)
         saver.save(state(3), 3)  # where the failure of the one before is told
-    assert str(_one_line(raised.value)).startswith("the disk is full")
+
+    with pytest.raises(SystemExit):
+        train()
+    assert capsys.readouterr().err.startswith(f"error: the disk is full ({tmp_path}")
     assert names(tmp_path) == ["step-000000001"] and last_step(tmp_path) == 1
     saver.close()
 
@@ -303,6 +308,16 @@ def make_run(seed: int) -> tuple[torch.nn.Module, torch.optim.AdamW, WeightAvera
     return model, make_optimizer(model, OptimConfig(weight_decay=0.1)), WeightAverage(model, 0.9)
 
 
+def state_of(run: tuple, progress: dict) -> State:
+    model, optimizer, average = run
+    return run_state(model, [optimizer], average, progress, World())
+
+
+def resume(found: checkpoint.Saved, run: tuple) -> dict:
+    model, optimizer, average = run
+    return restore_run(found, model, [optimizer], average, World())
+
+
 def train_steps(run: tuple, count: int) -> None:
     """Steps on data that torch's generator draws."""
     model, optimizer, average = run
@@ -322,12 +337,12 @@ def values_of(run: tuple) -> list[torch.Tensor]:
 def test_a_run_goes_on_bit_for_bit(tmp_path):
     run, saver = make_run(0), Saver(tmp_path, keep_last=1)
     train_steps(run, 3)
-    saver.save(run_state(*run, {"global_step": 3}, World()), 3)
+    saver.save(state_of(run, {"global_step": 3}), 3)
     train_steps(run, 2)
     saver.wait()
     again = make_run(1)
     found = checkpoint.load_last(tmp_path)
-    assert found is not None and restore_run(found, *again, World()) == {"global_step": 3}
+    assert found is not None and resume(found, again) == {"global_step": 3}
     train_steps(again, 2)
     assert len(values_of(run)) == 4 + 4 * 3 + 4 + 1
     assert all(torch.equal(a, b) for a, b in zip(values_of(run), values_of(again), strict=True))
@@ -347,15 +362,15 @@ def test_a_file_of_the_first_format_is_resumed_and_replaced(tmp_path):
     train_steps(run, 2)
     again = make_run(1)
     found = checkpoint.load_last(tmp_path)
-    assert found is not None and restore_run(found, *again, World()) == {"global_step": 3}
+    assert found is not None and resume(found, again) == {"global_step": 3}
     train_steps(again, 2)
     assert all(torch.equal(a, b) for a, b in zip(values_of(run), values_of(again), strict=True))
     fresh = make_run(2)[0]
     restore_model(checkpoint.load(tmp_path / checkpoint.BEST), fresh)
     assert torch.equal(fresh[0].weight, weight)
     saver = Saver(tmp_path, keep_last=1)
-    saver.save(run_state(*again, {"global_step": 5}, World()), 5)
-    saver.save_best(run_state(*again, {"global_step": 5}, World()))
+    saver.save(state_of(again, {"global_step": 5}), 5)
+    saver.save_best(state_of(again, {"global_step": 5}))
     saver.wait()
     assert names(tmp_path) == ["best", "step-000000005"]
 
@@ -363,7 +378,7 @@ def test_a_file_of_the_first_format_is_resumed_and_replaced(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run, saver = make_run(0), Saver(tmp_path, keep_last=1)
     train_steps(run, 1)
-    saver.save(run_state(*run, {}, World()), 1)
+    saver.save(state_of(run, {}), 1)
     saver.wait()
     found = checkpoint.load_last(tmp_path)
     assert found is not None

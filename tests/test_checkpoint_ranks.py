@@ -159,7 +159,7 @@ def train(folder: Path, begin: int, end: int) -> tuple[list[list[float]], list[f
     if begin:
         found = checkpoint.load_last(folder, world)
         assert found is not None
-        assert restore_run(found, model, optimizer, None, world) == {"global_step": begin}
+        assert restore_run(found, model, [optimizer], None, world) == {"global_step": begin}
     for step in range(begin, end):
         optimizer.zero_grad()
         weights = torch.randn(11, 3, generator=torch.Generator().manual_seed(step))
@@ -167,7 +167,7 @@ def train(folder: Path, begin: int, end: int) -> tuple[list[list[float]], list[f
         loss.backward()
         optimizer.step()
     saver = Saver(folder, keep_last=1)
-    saver.save(run_state(model, optimizer, None, {"global_step": end}, world), end)
+    saver.save(run_state(model, [optimizer], None, {"global_step": end}, world), end)
     saver.wait()
     saver.close()
     return model.table.full_tensor().tolist(), torch.rand(2).tolist()
