@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import signal
 import sys
@@ -27,7 +29,7 @@ from hstu import checkpoint, report
 from hstu.allocator import keep_freed_memory
 from hstu.checkpoint_state import model_state, restore_run, run_state
 from hstu.cli import command, run_hydra
-from hstu.config import Config, to_dict
+from hstu.config import Config, from_dict, to_dict
 from hstu.data.balance import imbalance
 from hstu.data.batches import Prefetcher
 from hstu.data.share import Share
@@ -249,6 +251,7 @@ class Trainer:
     def _step(self, step_input: StepInput) -> float:
         """One optimizer step; returns the loss, the mean over all positions of the step on all ranks."""
         seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
+        self.world.at(self.progress.global_step)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for index, (share, plan) in enumerate(step_input.parts):
@@ -434,18 +437,30 @@ def train(config: Config, display: Display | None = None, world: World | None = 
 
 
 def run_command(options: dict[str, Any]) -> None:
-    """What ``hstu-train`` does with the composed options: all variants and seeds, then the table."""
+    """What ``hstu-train`` does with the composed options: all variants and seeds, then the table.
+
+    With ``run.ranks`` it starts the ranks, which call it again and join.
+    """
+    from hstu.launch import join, launch, remembered, should_launch
     from hstu.results import expand_runs, show_results
 
-    plan = expand_runs(options)
-    display = Display(plan[0].config.run.progress)
-    finished = []
-    for entry in plan:
-        try:
-            finished.append(dataclasses.replace(entry, folder=train(entry.config, display)))
-        except Interrupted as stop:
-            raise Interrupted(stop.number, entry.parent or stop.folder) from None
-    show_results(finished, display.console)
+    if should_launch(options):
+        return launch(options)
+    with join(from_dict(options).run) as world:
+        if world.size > 1:  # the same folder on all ranks, and after a restart
+            name = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+            folder = remembered(world, name, lambda: str(run_folder(from_dict(options))))
+            options = {**options, "run": {**options["run"], "dir": folder}}
+        plan = expand_runs(options)
+        display = Display(plan[0].config.run.progress, world.is_first)
+        finished = []
+        for entry in plan:
+            try:
+                finished.append(dataclasses.replace(entry, folder=train(entry.config, display, world)))
+            except Interrupted as stop:
+                raise Interrupted(stop.number, entry.parent or stop.folder) from None
+        if world.is_first:
+            show_results(finished, display.console)
 
 
 @command
@@ -453,10 +468,13 @@ def main() -> int:
     """Entry point of ``hstu-train``."""
     from omegaconf import OmegaConf
 
+    from hstu.launch import first_to_say
+
     try:
         run_hydra(lambda cfg: run_command(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))), "config")
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if first_to_say():
+            print(stop, file=sys.stderr)
         return stop.exit_code
     return 0
 
