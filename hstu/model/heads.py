@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config_ranking import HeadConfig, TaskConfig
+from hstu.distributed import World
 from hstu.errors import UserError
+from hstu.model.shares import over_ranks
 from hstu.seeding import derive
 from kernels._dropout import seeded_dropout
 
@@ -89,39 +91,51 @@ class RankingHeads(nn.Module):
                     bias.zero_()
                     self.get_buffer(f"scale_{name}").copy_(prior)
 
-    def forward(self, x: Tensor, seed: int | None = None) -> dict[str, Tensor]:
-        """x: [T, D]; seed: of the dropout, None in evaluation. Returns task -> outputs [T, C] before the link."""
-        shared = [self._run(mlp, x, seed, i) for i, mlp in enumerate(self.shared)]
+    def forward(self, x: Tensor, seed: int | None = None, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """x: [T, D]; seed: of the dropout, None in evaluation. Returns task -> outputs [T, C] before the link.
+
+        rows: [T] int64. Places among the predicted events of all ranks, by which dropout is drawn; None: 0..T-1.
+        """
+        shared = [self._run(mlp, x, seed, rows, i) for i, mlp in enumerate(self.shared)]
         if len(self.gates) == 0:
             return {name: self.outputs[name](shared[0]) for name in self.tasks}
         found = {}
         for number, name in enumerate(self.tasks):
             mlps: Any = self.own[name]
-            own = [self._run(mlp, x, seed, (number + 1) * 64 + i) for i, mlp in enumerate(mlps)]
+            own = [self._run(mlp, x, seed, rows, (number + 1) * 64 + i) for i, mlp in enumerate(mlps)]
             experts = torch.stack([*shared, *own], dim=1)  # [T, X, hidden]
             gate = torch.softmax(self.gates[name](x), dim=1)  # [T, X]
             found[name] = self.outputs[name](torch.einsum("tx,txh->th", gate, experts))
         return found
 
-    def _run(self, mlp: Any, x: Tensor, seed: int | None, place: int) -> Tensor:
+    def _run(self, mlp: Any, x: Tensor, seed: int | None, rows: Tensor | None, place: int) -> Tensor:
         for index, linear in enumerate(mlp):
             x = nn.functional.silu(linear(x))
             place_seed = None if seed is None else derive(seed, place, index)
-            x = seeded_dropout(x, self.config.dropout, place_seed)
+            x = seeded_dropout(x, self.config.dropout, place_seed, rows)
         return x
 
-    def loss(self, outputs: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum over tasks of the mean loss over labelled events, and each task's mean.
+    def loss(
+        self, outputs: dict[str, Tensor], labels: dict[str, Tensor], world: World | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum over tasks of the mean loss over labelled events of all ranks, and each task's mean; with
+        several ranks this rank's part of them, see ``hstu/model/shares.py``.
 
         labels: task -> [T], NaN where missing; a task without any label in the batch gives 0 and no gradient.
         """
-        each = {name: self._task_loss(name, outputs[name].float(), labels[name]) for name in self.tasks}
+        known = torch.stack([(~torch.isnan(labels[name])).sum() for name in self.tasks])
+        counts = over_ranks(known, world).clamp(min=1)
+        each = {
+            name: self._task_loss(name, outputs[name].float(), labels[name], count)
+            for name, count in zip(self.tasks, counts, strict=True)
+        }
         total = sum(
             (self.tasks[n].weight * value for n, value in each.items()), torch.zeros(()).to(next(iter(each.values())))
         )
         return total, each
 
-    def _task_loss(self, name: str, output: Tensor, label: Tensor) -> Tensor:
+    def _task_loss(self, name: str, output: Tensor, label: Tensor, count: Tensor) -> Tensor:
+        """Sum over labelled events, over ``count`` of them on all ranks."""
         task = self.tasks[name]
         known = ~torch.isnan(label)
         label = torch.where(known, label, 0.0)
@@ -132,7 +146,7 @@ class RankingHeads(nn.Module):
         else:
             log_p = self._log_levels(name, output)  # [T, C]
             loss = -log_p.gather(1, label.long()[:, None])[:, 0]
-        return torch.where(known, loss, 0.0).sum() / known.sum().clamp(min=1)
+        return torch.where(known, loss, 0.0).sum() / count
 
     def _log_levels(self, name: str, output: Tensor) -> Tensor:
         """Log-probability of each level, [T, C].

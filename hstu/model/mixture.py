@@ -22,19 +22,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hstu.config_similarity import MixtureConfig
+from hstu.distributed import World
 from hstu.embedding import ItemTable, LocalItemTable
+from hstu.model.shares import over_ranks, over_ranks_with_gradient
 from hstu.seeding import derive
 from kernels._common import l2_normalize, no_autocast, row_chunks, rows_within
 from kernels._dropout import seeded_dropout
+from kernels._hash_dropout import row_dropout
 from kernels.rank_and_topk.cpu import rank_scored, topk_scored
 from kernels.sampled_softmax.cpu import draw_negatives
 
 EPS = 1e-6
 """Lower bound of norms and of the sum of the weights; added inside logarithms and the layer norm's root."""
-USER_SEED, BLOCK_SEED = 1, 2
-"""Purpose numbers of the dropout seeds of the user vectors and of a block of positions."""
-ITEM_SEED, GATE_SEED, SOFTMAX_SEED = 1, 2, 3
-"""Purpose numbers of the dropout seeds inside a block."""
+USER_SEED, ITEM_SEED, GATE_SEED, SOFTMAX_SEED = 1, 2, 3, 4
+"""Purpose numbers of the dropout seeds."""
 
 Side = tuple[Tensor, Tensor]
 """Components [..., P or K, C] and gating values [..., E] of queries or items."""
@@ -43,6 +44,13 @@ Side = tuple[Tensor, Tensor]
 def _wide(x: Tensor) -> Tensor:
     """x in float32, float64 if it is: under autocast the products are narrow, what follows them is not."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _dropout(x: Tensor, rate: float, seed: int | None, rows: Tensor | None) -> Tensor:
+    """x [n, ...] with dropout drawn by ``rows`` [n]; x itself without a seed."""
+    if seed is None:
+        return x
+    return row_dropout(x, rate, seed, torch.arange(x.shape[0], device=x.device) if rows is None else rows)
 
 
 def _part(seed: int | None, purpose: int) -> int | None:
@@ -93,20 +101,26 @@ class MixtureOfLogits(nn.Module):
         rows = torch.where(users >= 0, users % self.config.user_embeddings + 1, 0)
         return torch.cat([outputs, self.users(rows).to(outputs.dtype)], dim=1)
 
-    def query_side(self, queries: Tensor, seed: int | None) -> Side:
-        """Components [n, P, C] and gating values [n, E] of queries as of :meth:`queries`; seed: of the dropout."""
+    def query_side(self, queries: Tensor, seed: int | None, rows: Tensor | None = None) -> Side:
+        """Components [n, P, C] and gating values [n, E] of queries as of :meth:`queries`.
+
+        seed, rows: of the dropout, int or None and [n] int64.
+        """
         outputs, users = queries[:, : self.dim], queries[:, self.dim :]
         left, right = self.query_hidden(outputs).chunk(2, dim=-1)
         left = F.silu(left) if self.config.activation == "silu" else F.gelu(left)
         components = _wide(self.query_components(left * right)).unflatten(-1, (-1, self.config.dim))
         if self.users is not None:
-            users = seeded_dropout(users, self.config.user_dropout, _part(seed, USER_SEED))
+            users = seeded_dropout(users, self.config.user_dropout, _part(seed, USER_SEED), rows)
             components = torch.cat([components, users[:, None].to(components.dtype)], dim=1)
         return l2_normalize(components, EPS), _wide(self.query_gate(outputs))
 
-    def item_side(self, items: Tensor, seed: int | None) -> Side:
-        """Components [..., K, C] and gating values [..., E] of item embeddings [..., D]; seed: of the dropout."""
-        dropped = seeded_dropout(items, self.config.item_dropout, _part(seed, ITEM_SEED))
+    def item_side(self, items: Tensor, seed: int | None = None, rows: Tensor | None = None) -> Side:
+        """Components [..., K, C] and gating values [..., E] of item embeddings [..., D].
+
+        seed, rows: of the dropout of items [n, R, D], int or None and [n] int64.
+        """
+        dropped = _dropout(items, self.config.item_dropout, _part(seed, ITEM_SEED), rows)
         components = _wide(self.item_components(dropped)).unflatten(-1, (-1, self.config.dim))
         return l2_normalize(components, EPS), _wide(self.item_gate(items))
 
@@ -122,15 +136,18 @@ class MixtureOfLogits(nn.Module):
         products = products.view(*queries.shape[:2], *items.shape[:2]).transpose(1, 2)  # [n, V, P, K]
         return _wide(products.flatten(2)) / self.config.temperature
 
-    def mix(self, logits: Tensor, query_gate: Tensor, item_gate: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    def mix(
+        self, logits: Tensor, query_gate: Tensor, item_gate: Tensor, seed: int | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Scores [n, R] and weights [n, R, E].
 
-        logits: [n, R, E]. query_gate: [n, E]. item_gate: [n, R, E] or [R, E]. seed: of the dropout.
+        logits: [n, R, E]. query_gate: [n, E]. item_gate: [n, R, E] or [R, E]. seed, rows: of the dropout.
         """
-        pair = self.pair_gate(seeded_dropout(logits, self.config.gate_dropout, _part(seed, GATE_SEED)))
+        pair = self.pair_gate(_dropout(logits, self.config.gate_dropout, _part(seed, GATE_SEED), rows))
         weights = F.silu(query_gate[:, None] * item_gate + _wide(pair)).softmax(dim=-1)
         if seed is not None and self.config.softmax_dropout > 0:
-            weights = seeded_dropout(weights, self.config.softmax_dropout, _part(seed, SOFTMAX_SEED))
+            weights = _dropout(weights, self.config.softmax_dropout, _part(seed, SOFTMAX_SEED), rows)
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=EPS)
         return (weights * logits).sum(dim=-1), weights
 
@@ -144,7 +161,7 @@ class MixtureTable(ItemTable):
     """A local item table whose scores are mixtures of logits; queries are those of :meth:`MixtureOfLogits.queries`.
 
     Losses that score one bank or the whole catalogue at every position are not offered. In training mode
-    :meth:`sampled_softmax` applies the dropout, a function of its seed and of the block of positions.
+    :meth:`sampled_softmax` applies the dropout, a function of its seed and of the positions' rows.
     """
 
     def __init__(self, num_items: int, dim: int, config: MixtureConfig) -> None:
@@ -164,25 +181,35 @@ class MixtureTable(ItemTable):
 
     def sampled_softmax(
         self, queries: Tensor, labels: Tensor, negatives: Tensor | None = None, num_negatives: int = 128,
-        seed: int = 0, temperature: float = 0.05,
+        seed: int = 0, temperature: float = 0.05, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Loss [L]; the auxiliary losses, means over the positions, are added to each, so that any mean has them once.
+        """Loss [L]; the auxiliary losses, means over the positions, are added to each: any mean has them once."""
+        losses, extra = self.loss_parts(queries, labels, negatives, num_negatives, seed, temperature, rows)
+        return losses + extra
+
+    def loss_parts(
+        self, queries: Tensor, labels: Tensor, negatives: Tensor | None, num_negatives: int, seed: int,
+        temperature: float, rows: Tensor | None = None, world: World | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Loss [L] of the positions of this rank, and the auxiliary losses, a scalar over those of all ranks.
+
+        The scalar has the same value on all ranks; its gradient on one is that of its own positions.
 
         Positions are scored in blocks of about ``config.chunk_mib``; where there are several, each is scored again in
         the backward pass instead of kept.
         """
         config, mixture = self.mixture.config, self.mixture
         if negatives is None:
-            negatives = draw_negatives(len(labels), num_negatives, self.num_items, seed, labels.device)
+            negatives = draw_negatives(len(labels), num_negatives, self.num_items, seed, labels.device, rows)
         ids = torch.cat([labels[:, None].to(negatives.dtype), negatives], dim=1)  # [L, R + 1]
         dropout_seed = seed if self.training else None
-        components, gate = mixture.query_side(queries, dropout_seed)
-        rows = rows_within(config.chunk_mib, ids.shape[1] * self._pair_floats(), torch.float32)
-        blocks = list(zip(components.split(rows), gate.split(rows), ids.split(rows), strict=True))
+        rows = torch.arange(len(labels), device=labels.device) if rows is None else rows
+        components, gate = mixture.query_side(queries, dropout_seed, rows)
+        size = rows_within(config.chunk_mib, ids.shape[1] * self._pair_floats(), torch.float32)
+        blocks = list(zip(*(x.split(size) for x in (components, gate, ids, rows)), strict=True))
         losses, sums, entropies = [], [], []
-        for index, (block_components, block_gate, block_ids) in enumerate(blocks):
-            block_seed = None if dropout_seed is None else derive(dropout_seed, BLOCK_SEED, index)
-            arguments = (block_components, block_gate, block_ids, block_seed, temperature)
+        for block in blocks:
+            arguments = (*block, dropout_seed, temperature)
             if len(blocks) == 1:
                 loss, weights = self._block_loss(*arguments)
             else:  # the masks come from seeds: no generator state to keep
@@ -192,21 +219,27 @@ class MixtureTable(ItemTable):
             losses.append(loss)
             sums.append(weights.sum(dim=0))
             entropies.append(_entropy(weights).sum())
-        num = max(1, len(labels))
-        used, single = torch.stack(sums).sum(dim=0) / num, torch.stack(entropies).sum() / num
-        extra = config.balance_weight * (single - _entropy(used))  # minus the mutual information
-        if mixture.users is not None:
-            squares = _wide(queries[:, self.dim :]).square().sum(dim=1)
-            extra = extra + config.user_norm_weight * squares.sum() / num
-        return torch.cat(losses) + extra
+        return torch.cat(losses), self._auxiliary(
+            queries, torch.stack(sums).sum(0), torch.stack(entropies).sum(), world
+        )
+
+    def _auxiliary(self, queries: Tensor, used: Tensor, single: Tensor, world: World | None) -> Tensor:
+        """used: [E] sum of the labels' weights; single: sum of their entropies."""
+        config = self.mixture.config
+        squares = _wide(queries[:, self.dim :]).square().sum().to(used.dtype)  # 0 without user vectors
+        sums = over_ranks_with_gradient(torch.cat([used, single[None], squares[None]]), world)
+        num = over_ranks(torch.tensor(len(queries), device=queries.device), world).clamp(min=1)
+        used, single, squares = sums[:-2] / num, sums[-2] / num, sums[-1] / num
+        information = _entropy(used) - single  # of positions and logits, mutual
+        return config.user_norm_weight * squares - config.balance_weight * information
 
     def _block_loss(
-        self, components: Tensor, gate: Tensor, ids: Tensor, seed: int | None, temperature: float
+        self, components: Tensor, gate: Tensor, ids: Tensor, rows: Tensor, seed: int | None, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Loss [n] and the labels' weights [n, E]; ids: [n, R + 1], the label first."""
-        items, item_gate = self.mixture.item_side(self.items.lookup(ids), seed)
+        items, item_gate = self.mixture.item_side(self.items.lookup(ids), seed, rows)
         logits = self.mixture.pair_logits(components, items)
-        scores, weights = self.mixture.mix(logits, gate, item_gate, seed)  # [n, R + 1], [n, R + 1, E]
+        scores, weights = self.mixture.mix(logits, gate, item_gate, seed, rows)  # [n, R + 1], [n, R + 1, E]
         copies = ids == ids[:, :1]
         copies[:, 0] = False
         scores = (scores / temperature).masked_fill(copies, -torch.inf)
@@ -266,12 +299,12 @@ class _Scorer:
         self.items = weight.new_empty(len(weight), config.item_components, config.dim)
         self.item_gate = weight.new_empty(len(weight), num_logits)
         for part in row_chunks(len(weight), rows_within(chunk_mib / 2, width, weight.dtype)):
-            self.items[part], self.item_gate[part] = self.mixture.item_side(weight[part], None)
+            self.items[part], self.item_gate[part] = self.mixture.item_side(weight[part])
 
     def __call__(self, rows: slice) -> Tensor:
         components, gate = self.components[rows], self.gate[rows]
         scores = gate.new_empty(len(gate), len(self.items))
         for part in row_chunks(len(self.items), self.num_pairs // max(1, len(gate))):
             logits = self.mixture.cross_logits(components, self.items[part])  # [n, items, E]
-            scores[:, part] = self.mixture.mix(logits, gate, self.item_gate[part], None)[0]
+            scores[:, part] = self.mixture.mix(logits, gate, self.item_gate[part])[0]
         return scores

@@ -16,11 +16,13 @@ from hstu.config import ModelConfig
 from hstu.config_ranking import RankingConfig
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import Features, RankingBatch
+from hstu.distributed import World
 from hstu.embedding import INIT_STD, LocalItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables
 from hstu.model.encoder import Layout, make_encoder
 from hstu.model.heads import RankingHeads
+from hstu.model.shares import reached
 from hstu.seeding import derive
 from kernels.attention import AttentionPlan
 from kernels.jagged import concat_jagged, interleave
@@ -146,25 +148,34 @@ class RankingModel(nn.Module):
     def outputs(
         self, batch: RankingBatch, plan: RankingPlan | None = None, seed: int | None = None
     ) -> dict[str, Tensor]:
-        """Head outputs [T, C] of each task at the predicted events; seed: of all dropout, None in evaluation."""
+        """Head outputs [T, C] of each task at the predicted events; seed: of all dropout, None in evaluation, drawn by
+        ``batch.random_rows`` and ``batch.random_targets``."""
         plan = plan or self.plan(batch)
         x, items = self.tokens(batch, plan)
-        states = self.encoder(x, plan.attention, None if seed is None else derive(seed, DROPOUT_SEED))
+        encoder_seed = None if seed is None else derive(seed, DROPOUT_SEED)
+        states = self.encoder(x, plan.attention, encoder_seed, rows=batch.random_rows)
         head_seed = None if seed is None else derive(seed, HEAD_SEED)
-        return self.head_outputs(states[plan.predicted], items[batch.targets], head_seed)
+        return self.head_outputs(states[plan.predicted], items[batch.targets], head_seed, batch.random_targets)
 
-    def head_outputs(self, states: Tensor, items: Tensor, seed: int | None = None) -> dict[str, Tensor]:
-        """states: [T, D] encoder outputs at the asked tokens; items: [T, D] their item tokens."""
+    def head_outputs(
+        self, states: Tensor, items: Tensor, seed: int | None = None, rows: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """states: [T, D] encoder outputs at the asked tokens; items: [T, D] their item tokens; seed, rows: of the
+        heads' dropout."""
         scaled = items * math.sqrt(items.shape[1])  # of the size that the encoder's input has
-        return self.heads(self.state_norm(states) * scaled, seed)  # type: ignore[no-any-return]
+        return self.heads(self.state_norm(states) * scaled, seed, rows)  # type: ignore[no-any-return]
 
     def predict(self, batch: RankingBatch, plan: RankingPlan | None = None) -> dict[str, Tensor]:
         """Predictions of each task at the predicted events, see :meth:`RankingHeads.predict`."""
         return self.heads.predict(self.outputs(batch, plan))
 
-    def loss(self, batch: RankingBatch, seed: int, plan: RankingPlan | None = None) -> Tensor:
-        """Training loss, a scalar; a function of the parameters, the batch and ``seed``."""
-        return self.heads.loss(self.outputs(batch, plan, seed), batch.labels)[0]
+    def loss(
+        self, batch: RankingBatch, seed: int, plan: RankingPlan | None = None, world: World | None = None
+    ) -> Tensor:
+        """Training loss, a scalar; a function of the parameters, the batch and ``seed``. With several ranks this rank's
+        part of it, as of :meth:`hstu.model.retrieval.RetrievalModel.loss`."""
+        loss, _ = self.heads.loss(self.outputs(batch, plan, seed), batch.labels, world)
+        return reached(loss, self, [self.table], batch.num_events, world)
 
     def tables(self) -> list[nn.Module]:
         """Modules whose parameters are embedding tables of ids."""

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from hstu.config import LossConfig, ModelConfig
 from hstu.data.batches import Batch
+from hstu.distributed import World
 from hstu.embedding import NORM_EPS, ItemTable, LocalItemTable
 from hstu.model.encoder import make_encoder
 from hstu.model.losses import make_loss
 from hstu.model.mixture import MixtureTable
+from hstu.model.shares import reached
 from hstu.seeding import derive
 from kernels.attention import AttentionPlan
 
@@ -34,12 +36,13 @@ class RetrievalModel(nn.Module):
         self.config = config
         self.table = make_table(config, num_items)
         self.encoder = make_encoder(config)
+        self.loss_config = loss
         self.loss_fn = make_loss(loss) if loss is not None else None
 
     def encode(self, batch: Batch, plan: AttentionPlan | None = None, seed: int | None = None) -> Tensor:
-        """Queries, as of :meth:`queries`, at every event; seed: of the dropout."""
+        """Queries, as of :meth:`queries`, at every event; seed: of the dropout, drawn by ``batch.random_rows``."""
         plan = plan or self.encoder.plan(batch)
-        x = self.encoder(self.table.lookup(batch.item_ids), plan, seed)
+        x = self.encoder(self.table.lookup(batch.item_ids), plan, seed, rows=batch.random_rows)
         return self.queries(x, batch.users, batch.offsets)
 
     def queries(self, x: Tensor, users: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -58,11 +61,18 @@ class RetrievalModel(nn.Module):
         """Queries [B, ...] at each user's last event, without dropout. No user may be empty."""
         return self.encode(batch).index_select(0, batch.offsets[1:] - 1)
 
-    def loss(self, batch: Batch, seed: int, plan: AttentionPlan | None = None) -> Tensor:
-        """Training loss, a scalar; a function of the parameters, the batch and ``seed``."""
-        assert self.loss_fn is not None
+    def loss(self, batch: Batch, seed: int, plan: AttentionPlan | None = None, world: World | None = None) -> Tensor:
+        """Training loss, a scalar; a function of the parameters, the batch and ``seed``.
+
+        With several ranks ``batch`` is this rank's share, which may be empty, and ``seed`` is the same on all, which
+        call this alike. The loss is this rank's part: the parts, and their gradients, sum to those of one rank.
+        """
+        assert self.loss_fn is not None and self.loss_config is not None
+        own_seed, rows = derive(seed, NEGATIVES_SEED), batch.random_rows
+        self.table.expect(batch.labels, self.loss_config, own_seed, rows)
         queries = self.encode(batch, plan, derive(seed, DROPOUT_SEED))
-        return self.loss_fn(queries, batch.labels, batch.weights, self.table, derive(seed, NEGATIVES_SEED))  # type: ignore[no-any-return]
+        loss = self.loss_fn(queries, batch.labels, batch.weights, self.table, own_seed, rows, world)
+        return reached(loss, self, self.tables(), batch.num_events, world)
 
     def tables(self) -> list[nn.Module]:
         """Modules whose parameters are embedding tables of ids."""

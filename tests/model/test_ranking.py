@@ -391,7 +391,7 @@ def test_ordinal_loss_far_from_the_cuts_still_has_a_gradient():
     # At a score of 60 both sides of a middle level are 1 in float32: their difference would be 0 and say nothing.
     heads = make_heads()
     score = torch.full((1, 1), 60.0, requires_grad=True)
-    heads._task_loss("o", score, torch.tensor([1.0])).backward()
+    heads._task_loss("o", score, torch.tensor([1.0]), torch.tensor(1)).backward()
     assert_close(score.grad, torch.ones(1, 1))
 
 

@@ -1,23 +1,19 @@
 """Retrieval losses: each one file and one config entry.
 
-A loss is a callable ``(queries [L, D], labels [L], weights [L] or None, table, seed) -> scalar``: the
-weighted mean over the positions, in float32. It is a pure function of its arguments.
+A loss is a :class:`~hstu.model.losses._mean.Loss`: the weighted mean over the positions of all ranks, in float32, or
+this rank's part of it. It is a pure function of its arguments and of those of the other ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from hstu.config import LossConfig
-from hstu.embedding import ItemTable
+from hstu.model.losses._mean import Loss
 from hstu.model.losses.full_softmax import make_full_softmax
 from hstu.model.losses.in_batch import make_in_batch
 from hstu.model.losses.sampled_softmax import make_sampled_softmax
 from hstu.model.losses.shared_bank import make_shared_bank
-
-Loss = Callable[[Tensor, Tensor, Tensor | None, ItemTable, int], Tensor]
 
 LOSSES: dict[str, Callable[[LossConfig], Loss]] = {
     "sampled_softmax": make_sampled_softmax,

@@ -1,22 +1,51 @@
-"""The weighted mean that every loss ends with."""
+"""What every loss is like, and what it ends with: a weighted mean over the positions of all ranks."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hstu.distributed import World
+from hstu.embedding import ItemTable
+from hstu.model.shares import over_ranks, several
 
-def check_weights(labels: Tensor, weights: Tensor | None) -> None:
-    """Raises ValueError for an empty batch, or weights that are not one per position."""
-    if labels.shape[0] == 0:
+
+class Loss(Protocol):
+    """One of the losses."""
+
+    def __call__(
+        self, queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
+        rows: Tensor | None = None, world: World | None = None,
+    ) -> Tensor:  # fmt: skip
+        """This rank's part of the loss, a scalar.
+
+        Args:
+            queries: [L, D]. labels: [L]. weights: [L] or None. Of the positions of this rank; L may be 0 where there
+                are several.
+            table: of the items.
+            seed: of what is drawn, the same on all ranks.
+            rows: [L] int64. Places of the positions among those of all ranks, by which is drawn; None: 0..L-1.
+            world: the ranks; None: only this one. All of them call the loss.
+        """
+
+
+def check_weights(labels: Tensor, weights: Tensor | None, world: World | None = None) -> None:
+    """Raises ValueError for an empty batch (a share of one may be empty), or weights that are not one per position."""
+    if labels.shape[0] == 0 and not several(world):
         raise ValueError("labels is empty: a loss needs at least one position")
     if weights is not None and weights.shape != labels.shape:
         raise ValueError(f"weights has shape {list(weights.shape)}: expected {list(labels.shape)}, one per position")
 
 
-def weighted_mean(loss: Tensor, weights: Tensor | None) -> Tensor:
-    """sum(weights * loss) / sum(weights) in float32 (float64 for float64); the plain mean without weights."""
+def weighted_mean(loss: Tensor, weights: Tensor | None, world: World | None = None) -> Tensor:
+    """This rank's part of sum(weights * loss) / sum(weights) in float32 (float64 for float64); without weights of the
+    plain mean."""
+    dtype = torch.promote_types(loss.dtype, torch.float32)
     if weights is None:
-        return loss.mean(dtype=torch.promote_types(loss.dtype, torch.float32))
-    weights = weights.to(torch.promote_types(loss.dtype, torch.float32))
-    return (loss * weights).sum() / weights.sum()
+        if not several(world):
+            return loss.mean(dtype=dtype)
+        return loss.sum(dtype=dtype) / over_ranks(torch.tensor(loss.shape[0], device=loss.device), world)
+    weights = weights.to(dtype)
+    return (loss * weights).sum() / over_ranks(weights.sum(), world)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from hstu.config import LossConfig
+from hstu.distributed import World
 from hstu.embedding import ItemTable
-from hstu.model.losses._mean import check_weights
+from hstu.model.losses._mean import Loss, check_weights
+from hstu.model.shares import over_ranks
 
 
-def make_full_softmax(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | None, ItemTable, int], Tensor]:
+def make_full_softmax(config: LossConfig) -> Loss:
     """Label against all items; at most ``config.chunk_mib`` MiB of logits exist at a time. ``seed`` is not used."""
 
-    def loss(queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int) -> Tensor:
-        check_weights(labels, weights)
+    def loss(
+        queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
+        rows: Tensor | None = None, world: World | None = None,
+    ) -> Tensor:  # fmt: skip
+        check_weights(labels, weights, world)
         share = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
         # The shares are known before the pass, which lets the op make its gradients in the same pass.
-        return table.full_softmax(queries, labels, config.temperature, config.chunk_mib, share / share.sum())
+        share = share / over_ranks(share.sum(), world)
+        return table.full_softmax(queries, labels, config.temperature, config.chunk_mib, share)
 
     return loss

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from hstu.config import LossConfig
+from hstu.distributed import World
 from hstu.embedding import ItemTable
-from hstu.model.losses._mean import check_weights, weighted_mean
+from hstu.model.losses._mean import Loss, check_weights, weighted_mean
+from hstu.model.mixture import MixtureTable
+from hstu.model.shares import split_evenly
 
 
-def make_sampled_softmax(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | None, ItemTable, int], Tensor]:
+def make_sampled_softmax(config: LossConfig) -> Loss:
     """Label against ``config.num_negatives`` items drawn uniformly with replacement from ``seed``, per position."""
 
-    def loss(queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int) -> Tensor:
-        check_weights(labels, weights)
-        losses = table.sampled_softmax(
-            queries, labels, num_negatives=config.num_negatives, seed=seed, temperature=config.temperature
-        )  # [L]
-        return weighted_mean(losses, weights)
+    def loss(
+        queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
+        rows: Tensor | None = None, world: World | None = None,
+    ) -> Tensor:  # fmt: skip
+        check_weights(labels, weights, world)
+        extra = None
+        if isinstance(table, MixtureTable):
+            losses, extra = table.loss_parts(
+                queries, labels, None, config.num_negatives, seed, config.temperature, rows, world
+            )
+        else:
+            losses = table.sampled_softmax(
+                queries, labels, None, config.num_negatives, seed, config.temperature, rows
+            )  # [L]
+        mean = weighted_mean(losses, weights, world)
+        return mean if extra is None else mean + split_evenly(extra, world)
 
     return loss

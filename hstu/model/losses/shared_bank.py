@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hstu.config import LossConfig
+from hstu.distributed import World
 from hstu.embedding import ItemTable
-from hstu.model.losses._mean import check_weights, weighted_mean
+from hstu.model.losses._mean import Loss, check_weights, weighted_mean
 
 
 def draw_bank(num_items: int, size: int, seed: int, device: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ def draw_bank(num_items: int, size: int, seed: int, device: torch.device) -> Ten
     return torch.randint(1, num_items + 1, (size,), generator=generator).to(device)
 
 
-def make_shared_bank(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | None, ItemTable, int], Tensor]:
+def make_shared_bank(config: LossConfig) -> Loss:
     """Label against a bank of ``config.num_negatives`` items; the label's own copies in the bank do not count.
 
     With ``logq_correction`` the log of how often an item is expected in the bank, K / num_items, is
@@ -31,8 +31,11 @@ def make_shared_bank(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | N
     the label as well would cancel for a uniform bank.)
     """
 
-    def loss(queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int) -> Tensor:
-        check_weights(labels, weights)
+    def loss(
+        queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
+        rows: Tensor | None = None, world: World | None = None,
+    ) -> Tensor:  # fmt: skip
+        check_weights(labels, weights, world)
         size = config.num_negatives
         bank_ids = draw_bank(table.num_items, size, seed, labels.device)  # [K]
         log_q = None
@@ -40,6 +43,6 @@ def make_shared_bank(config: LossConfig) -> Callable[[Tensor, Tensor, Tensor | N
             expected = math.log(size / table.num_items)
             log_q = torch.full((size,), expected, dtype=torch.float32, device=labels.device)
         losses = table.bank_softmax(queries, labels, bank_ids, log_q, temperature=config.temperature)  # [L]
-        return weighted_mean(losses, weights)
+        return weighted_mean(losses, weights, world)
 
     return loss
