@@ -262,6 +262,11 @@ class RunConfig:
     """Users per batch; ignored when ``batch_tokens`` is set."""
     batch_tokens: int | None = None
     """Token budget per batch instead of a number of users."""
+    reader: str = "draw"
+    """draw: every batch is drawn from all users. stream: for a log beyond memory (``data.shards``, retrieval): each
+    rank reads its own shards from front to back through a shuffle buffer."""
+    buffer_users: int = 65536
+    """reader=stream: users in the shuffle buffer of a rank. More mix better; their events are held in memory."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     selection: str = "validation"
     """validation: second-last item held out, best epoch by validation, test reported once.
@@ -311,6 +316,12 @@ class RunConfig:
         _check(self.batch_users >= 1, "run.batch_users", self.batch_users, ">= 1")
         tokens = self.batch_tokens
         _check(tokens is None or tokens >= 1, "run.batch_tokens", tokens, ">= 1 or null")
+        _one_of("run.reader", self.reader, ("draw", "stream"))
+        _check(self.buffer_users >= 1, "run.buffer_users", self.buffer_users, ">= 1")
+        if self.reader == "stream":
+            _check(tokens is None, "run.batch_tokens", tokens, "null with run.reader=stream")
+            alpha = self.stochastic_length.alpha
+            _check(alpha is None, "run.stochastic_length.alpha", alpha, "null with run.reader=stream")
         _one_of("run.selection", self.selection, ("validation", "reference"))
         _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16"))
@@ -410,6 +421,10 @@ class Config:
     """Tasks, actions and features of a ranking model; None: retrieval."""
 
     def __post_init__(self) -> None:
+        if self.run.reader == "stream":
+            beside = "with run.reader=stream"
+            _check(self.ranking is None, "ranking", "a ranking model", f"none {beside}, which is for retrieval")
+            _check(self.loss.event_weights == "none", "loss.event_weights", self.loss.event_weights, f"none {beside}")
         if self.embedding.kind == "sharded":
             self._check_sharded()
         if self.embedding.optimizer in ("sgd", "adagrad", "rowwise_adagrad"):

@@ -21,6 +21,7 @@ from hstu.config import Config
 from hstu.data.batches import EventColumns, TrainBatches
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import ProgressiveBatches, RankingBatches
+from hstu.data.shard_stream import StreamBatches
 from hstu.data.share import EVENT_WORK, Ranks, Share
 from hstu.data.splits import Split, Targets, make_event_split, make_split
 from hstu.distributed import World
@@ -109,11 +110,16 @@ class Retrieval(Problem):
         if len(self.targets) == 0:
             raise UserError("no user has enough events to hold one out; loosen the filters or run.selection=reference")
         run = config.run
-        columns = EventColumns(store, self.device, config.loss.event_weights)
-        self.data = TrainBatches(
-            columns, store, self.split, config.model.max_len, config.seed, run.batch_users, run.batch_tokens,
-            run.stochastic_length,
-        )  # fmt: skip
+        if run.reader == "stream":
+            self.data: Any = StreamBatches(
+                store, run.selection, config.model.max_len, config.seed, run.batch_users, run.buffer_users, world
+            )
+        else:
+            columns = EventColumns(store, self.device, config.loss.event_weights)
+            self.data = TrainBatches(
+                columns, store, self.split, config.model.max_len, config.seed, run.batch_users, run.batch_tokens,
+                run.stochastic_length,
+            )  # fmt: skip
         self.model = build_model(config, store).to(self.device)
         self.metric_names = metrics.metric_names(config.eval.ks)
         self.shown = ["hr@10", "ndcg@10", "hr@50", "hr@200", "mrr"]
