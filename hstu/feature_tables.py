@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from hstu.data.ranking_batches import Features
 from hstu.embedding import INIT_STD
+from hstu.errors import UserError
+from hstu.sharded_init import InitialValues
 
 log = logging.getLogger(__name__)
 
@@ -49,20 +51,39 @@ class FeatureTables(nn.Module):
         sizes: feature -> number of codes, 0 .. size - 1.
         dim: D.
         use_torchrec: None: where it can be imported.
+        sharded: the tables stay empty until ``hstu.sharded.shard`` gives each rank its part.
+        dtype: of sharded tables.
     """
 
-    def __init__(self, sizes: dict[str, int], dim: int, use_torchrec: bool | None = None) -> None:
+    def __init__(
+        self, sizes: dict[str, int], dim: int, use_torchrec: bool | None = None, sharded: bool = False,
+        dtype: str = "float32",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.keys = tuple(sizes)
+        self.keys, self.dim, self.sharded = tuple(sizes), dim, sharded and bool(sizes)
         self.uses_torchrec = bool(sizes) and (has_torchrec() if use_torchrec is None else use_torchrec)
         names = [_table_name(key) for key in sizes]
         if len(set(names)) < len(names):
             raise ValueError(f"features {list(sizes)} give the same table name; rename one")
+        self.initial: list[InitialValues] = []
+        """Of sharded tables, in the order of ``sizes``."""
+        if self.sharded:
+            if not self.uses_torchrec:
+                raise UserError(
+                    "embedding.kind=sharded: expected torchrec and fbgemm-gpu; see hstu-doctor, or take local"
+                )
+            tables = {name: (size, [key]) for name, (key, size) in zip(names, sizes.items(), strict=True)}
+            self.collection: Any = make_collection(tables, dim, "meta", dtype)
+            self.initial = [InitialValues.take(size, dim, _normal) for size in sizes.values()]
+            return
         with torch.random.fork_rng(devices=[]):  # what a collection draws must not move the initial weights after it
-            self.collection: Any = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
+            self.collection = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
         with torch.no_grad():
             for parameter in self.parameters():
                 nn.init.normal_(parameter, std=INIT_STD)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FeatureTables:
+        return self if self.sharded else super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def forward(self, features: Features) -> list[Tensor]:
         """[n, D] of each feature in the order of ``sizes``; several values of a row are summed.
@@ -72,7 +93,7 @@ class FeatureTables(nn.Module):
         if features.keys != self.keys:
             raise ValueError(f"features are {list(features.keys)}, the tables {list(self.keys)}")
         rows = features.num_rows
-        if rows == 0:  # torchrec cannot split nothing
+        if rows == 0 and not self.sharded:  # torchrec cannot split nothing
             table = next(self.parameters(), features.numbers)
             return [table.new_zeros(0, table.shape[1])] * len(self.keys)
         pooled = []
@@ -100,14 +121,28 @@ class FeatureTables(nn.Module):
 
 
 def _collection(sizes: dict[str, int], dim: int) -> nn.Module:
-    from torchrec.modules.embedding_configs import EmbeddingConfig
+    return make_collection({_table_name(key): (size, [key]) for key, size in sizes.items()}, dim)
+
+
+def make_collection(
+    tables: dict[str, tuple[int, list[str]]], dim: int, device: str = "cpu", dtype: str = "float32"
+) -> nn.Module:
+    """torchrec's EmbeddingCollection of tables, name -> rows and features."""
+    from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
     from torchrec.modules.embedding_modules import EmbeddingCollection
 
-    tables = [
-        EmbeddingConfig(name=_table_name(key), embedding_dim=dim, num_embeddings=size, feature_names=[key])
-        for key, size in sizes.items()
-    ]
-    return EmbeddingCollection(tables=tables)  # type: ignore[no-any-return]
+    data_type = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}[dtype]
+    configs = [
+        EmbeddingConfig(
+            name=name, embedding_dim=dim, num_embeddings=rows, feature_names=features, data_type=data_type
+        )
+        for name, (rows, features) in tables.items()
+    ]  # fmt: skip
+    return EmbeddingCollection(tables=configs, device=torch.device(device))  # type: ignore[no-any-return]
+
+
+def _normal(block: Tensor, generator: torch.Generator) -> None:
+    nn.init.normal_(block, std=INIT_STD, generator=generator)
 
 
 class _PlainCollection(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -86,6 +87,8 @@ def _serve(pipe: Connection) -> None:
         try:
             limit = timedelta(seconds=TIMEOUT_S)
             dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=limit)
+            if (kept := sys.modules.get("torchrec.distributed.collective_utils")) is not None:
+                kept._INITIALIZED = False  # torchrec asks once a process, and then the ranks that are new wait for all
             result = function(*args)
             dist.barrier()  # a rank that leaves while another still talks to it can abort
             dist.destroy_process_group()

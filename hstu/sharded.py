@@ -1,0 +1,345 @@
+"""Tables of ids spread over ranks by torchrec: the item table, and how a model's tables are sharded.
+
+    model = RetrievalModel(...)            # its tables are empty, on torch's meta device
+    shards = shard(model, config, world)   # now each rank has its part, with the initial values of a local table
+    shards.optimizer                       # moves them in the backward, at the rate that it was given before
+
+One lookup a step fetches all rows that the step needs, so that the optimizer sees one gradient a row.
+
+Legend: R ranks, V rows of a table, D width, L positions, n ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hstu.config import Config, LossConfig
+from hstu.distributed import World
+from hstu.embedding import INIT_STD, NORM_EPS, ItemTable
+from hstu.errors import UserError
+from hstu.feature_tables import FeatureTables, has_torchrec, make_collection
+from hstu.sharded_init import InitialValues
+from hstu.sharded_kernel import TorchKernel
+from hstu.sharded_losses import Scored, exact_loss, scored_by
+from hstu.sharded_plan import FUSED_ON_CPU, TableShape, fused_params, make_plan, make_sharder, quiet
+from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
+from hstu.table_optim import Rule
+
+TABLE = "item"
+EVENTS, SCORED = "events", "scored"
+"""Features of the item table: ids of this rank's events, and of the items that it scores."""
+
+
+class ShardedItemTable(ItemTable):
+    """Embeddings of items in one torchrec collection; :func:`shard` gives each rank its part.
+
+    In training :meth:`expect` comes first, then one :meth:`lookup` of the events, then the loss. Every rank takes part
+    in every lookup, loss, :meth:`rank` and :meth:`topk`, be it without users.
+    """
+
+    def __init__(self, num_items: int, dim: int, l2_normalize: bool = True, eps: float = NORM_EPS,
+                 dtype: str = "float32") -> None:  # fmt: skip
+        super().__init__()
+        if not has_torchrec():
+            raise UserError("embedding.kind=sharded: expected torchrec and fbgemm-gpu; see hstu-doctor, or take local")
+        self.num_items, self.dim, self.l2_normalize, self.eps = num_items, dim, l2_normalize, eps
+        self.initial = InitialValues.take(num_items + 1, dim, _truncated_normal)
+        self.collection: Any = make_collection({TABLE: (num_items + 1, [EVENTS, SCORED])}, dim, "meta", dtype)
+        self.world = World()
+        self._expected: Scored | None = None
+        self._rows: Tensor | None = None
+        self._register_state_dict_hook(_to_local_name)
+        self.register_load_state_dict_pre_hook(_from_local_name)
+
+    def extra_repr(self) -> str:
+        return f"num_items={self.num_items}, dim={self.dim}, l2_normalize={self.l2_normalize}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ShardedItemTable:
+        return self  # rows lie where they were planned
+
+    def _fetch(self, events: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of ids [n] and [K], in one exchange with all ranks."""
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+        counts = [len(events), len(scored)]
+        keyed = KeyedJaggedTensor(
+            [EVENTS, SCORED], torch.cat([events.long(), scored.long()]), stride=1, length_per_key=counts,
+            lengths=torch.tensor(counts, dtype=torch.int64, device=events.device),
+        )  # fmt: skip
+        found = self.collection(keyed)
+        return found[EVENTS].values(), found[SCORED].values()
+
+    def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:
+        self._rows = None
+        self._expected = scored_by(loss, self.world, labels, rows, self.num_items, seed)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        flat = ids.reshape(-1)
+        expected = self._expected if torch.is_grad_enabled() else None
+        scored = flat[:0] if expected is None else expected.ids
+        found, rows = self._fetch(flat, scored)
+        if expected is not None:
+            self._rows = rows
+        found = found.masked_fill((flat == 0)[:, None], 0.0)
+        return found.view(*ids.shape, self.dim)
+
+    def _loss(self, queries: Tensor, temperature: float, **options: Any) -> Tensor:
+        scored, rows = self._expected, self._rows
+        if scored is None or rows is None:
+            raise ValueError("a loss over a sharded table: expected expect() and lookup() before it, once a step")
+        self._expected = self._rows = None
+        return exact_loss(queries, rows, scored, temperature, self.l2_normalize, self.eps, **options)
+
+    def sampled_softmax(
+        self, queries: Tensor, labels: Tensor, negatives: Tensor | None = None, num_negatives: int = 128,
+        seed: int = 0, temperature: float = 0.05, rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As that of every table; labels, num_negatives, seed and rows are those of :meth:`expect`."""
+        if negatives is not None:
+            raise ValueError("negatives: expected None with a sharded table, which draws its own")
+        return self._loss(queries, temperature)
+
+    def bank_softmax(
+        self, queries: Tensor, labels: Tensor, bank_ids: Tensor, log_q: Tensor | None = None,
+        label_log_q: Tensor | None = None, temperature: float = 0.05,
+    ) -> Tensor:  # fmt: skip
+        """As that of every table; the bank is that of :meth:`expect`, the same on all ranks."""
+        return self._loss(queries, temperature, log_q=log_q, label_log_q=label_log_q)
+
+    def full_softmax(
+        self, queries: Tensor, labels: Tensor, temperature: float = 0.05, chunk_mib: float = 64,
+        weights: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        loss = self._loss(queries, temperature, chunk_mib=chunk_mib)
+        return loss if weights is None else (loss * weights.to(loss.dtype)).sum()
+
+    def rank(
+        self, queries: Tensor, targets: Tensor, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
+        chunk_mib: float = 64,
+    ) -> Tensor:  # fmt: skip
+        return sharded_rank(self._scoring(chunk_mib), queries, targets, seen_ids, seen_offsets)
+
+    def topk(
+        self, queries: Tensor, k: int, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
+        chunk_mib: float = 64,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return sharded_topk(self._scoring(chunk_mib), queries, k, seen_ids, seen_offsets)
+
+    def join_ranking(self, chunk_mib: float = 64, filtered: bool = True) -> None:
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.world.device)
+        with torch.no_grad():
+            queries = self.lookup(nothing)
+            seen = (nothing, nothing.new_zeros(1)) if filtered else (None, None)
+            self.rank(queries, nothing, *seen, chunk_mib=chunk_mib)
+
+    def _scoring(self, chunk_mib: float) -> Scoring:
+        def fetch(ids: Tensor) -> Tensor:
+            return self._fetch(ids[:0], ids)[1]
+
+        return Scoring(self.world, self.num_items, self.l2_normalize, self.eps, chunk_mib, fetch)
+
+
+def _truncated_normal(block: Tensor, generator: torch.Generator) -> None:
+    nn.init.trunc_normal_(block, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+
+
+def _to_local_name(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state[f"{prefix}weight"] = state.pop(f"{prefix}collection.embeddings.{TABLE}.weight")
+
+
+def _from_local_name(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    if f"{prefix}weight" in state:
+        state[f"{prefix}collection.embeddings.{TABLE}.weight"] = state.pop(f"{prefix}weight")
+
+
+class FusedTables(torch.optim.Optimizer):
+    """The optimizer of all sharded tables. It moves rows in the backward, at the rate set before :meth:`zero_grad`.
+
+    ``param_groups`` is one group without parameters, whose ``lr`` and ``lr_factor`` are those of the tables.
+    """
+
+    def __init__(self, dmp: Any, collections: dict[str, Any], rule: Rule, lr: float, lr_factor: float) -> None:
+        super().__init__([{"params": []}], {"lr": lr, "lr_factor": lr_factor})
+        self.fused, self.collections = dmp.fused_optimizer, collections
+        self.steps = torch.zeros((), dtype=torch.int64)
+        self.kernels = [kernel for c in collections.values() for lookup in c._lookups for kernel in _kernels(lookup)]
+        self.in_torch: list[TorchKernel] = []
+        """What moves rows in place of fbgemm, for each of ``kernels``; empty where fbgemm does."""
+        if rule.name not in FUSED_ON_CPU and dmp.device.type == "cpu":
+            self.in_torch = [TorchKernel(kernel, rule) for kernel in self.kernels]
+            for kernel, ours in zip(self.kernels, self.in_torch, strict=True):
+                kernel.forward = ours.forward
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Tells the kernels the rate and the number of the step that begins."""
+        rate, step = self.param_groups[0]["lr"], int(self.steps)
+        for group in self.fused.param_groups:
+            group["lr"] = rate
+        self.fused.zero_grad()
+        for ours in self.in_torch:
+            for part in ours.shards:
+                part.lr, part.step = rate, step + 1
+        for kernel in self.kernels:  # fbgemm counts lookups, those of evaluation too
+            kernel.emb_module.iter.fill_(step)
+            kernel.emb_module.iter_cpu.fill_(step)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Counts the step; the rows have moved."""
+        self.steps += 1
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """State by name of the parameter, as of a local table, and field; ShardedTensors that share the memory."""
+        if self.in_torch:
+            found = self._torch_states()
+        else:
+            found = {}
+            for name, fields in self.fused.state_dict()["state"].items():
+                found[name] = {field.rpartition(".")[2]: value for field, value in fields.items()}
+        return {_local_name(name): {"step": self.steps, **fields} for name, fields in found.items()}
+
+    def _torch_states(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        places = iter(part for ours in self.in_torch for part in ours.shards)
+        for path, collection in self.collections.items():
+            weights = collection.state_dict()
+            for lookup in collection._lookups:
+                for kernel in _kernels(lookup):
+                    for table in kernel.config.embedding_tables:
+                        key, part = f"embeddings.{table.name}.weight", next(places)
+                        fields = found.setdefault(f"{path}.{key}", {})
+                        for field, value in part.state.items():
+                            fields[field] = _like(weights[key], value)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state.items() if key != "steps"})
+        if "steps" in state:
+            self.steps.fill_(int(state["steps"]))
+
+
+def _kernels(lookup: Any) -> list[Any]:
+    return list(lookup._emb_modules)
+
+
+def _like(weight: Any, value: Tensor) -> Any:
+    """``value`` [n, d] or [n] of this rank as part of a ShardedTensor that is cut as ``weight`` is."""
+    from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
+
+    metadata, rowwise = copy.deepcopy(weight.metadata()), value.ndim == 1
+    own = weight.local_shards()[0].metadata
+
+    def cut(shard: Any) -> Any:
+        offsets, sizes = list(shard.shard_offsets), list(shard.shard_sizes)
+        if rowwise:  # column shards each have a number a row: one after another
+            columns = offsets[1] // sizes[1]
+            offsets, sizes = [offsets[0] + columns * weight.shape[0]], sizes[:1]
+        return ShardMetadata(offsets, sizes, shard.placement)
+
+    if rowwise:
+        parts = len({shard.shard_offsets[1] for shard in metadata.shards_metadata})
+        metadata.size = torch.Size([parts * weight.shape[0]])
+    metadata.shards_metadata = [cut(shard) for shard in metadata.shards_metadata]
+    metadata.tensor_properties.dtype = value.dtype
+    return ShardedTensor._init_from_local_shards_and_global_metadata([Shard(value, cut(own))], metadata)
+
+
+def _local_name(name: str) -> str:
+    return name.replace(f"collection.embeddings.{TABLE}.weight", "weight")
+
+
+def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
+    """Gives each rank its part of the model's tables, with initial values; returns what moves them.
+
+    The model's other parameters stay as they are. Every rank calls it. ``sharded_names`` of the model afterwards names
+    the parameters that data parallelism has to leave alone.
+
+    Raises UserError where the tables do not fit, before anything is allocated.
+    """
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.types import ShardingEnv
+
+    embedding, optim = config.embedding, config.optim
+    tables = table_shapes(model, config, world)
+    ensure_process_group()
+    rate = embedding.lr or optim.table_lr or optim.lr
+    decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay
+    with quiet():
+        params = fused_params(embedding, world.device, rate, optim.betas, optim.eps, decay)
+        sharder = make_sharder(embedding, world.device, params)
+        plan = make_plan(model, embedding, world, sharder, tables)
+        dmp = DistributedModelParallel(
+            model, env=ShardingEnv.from_process_group(dist.group.WORLD), device=world.device, plan=plan,
+            sharders=[sharder], init_data_parallel=False, init_parameters=False,
+        )  # fmt: skip
+        owners = dict(sharded_modules(model))
+        for owner in owners.values():
+            if isinstance(owner, ShardedItemTable):
+                owner.world = world
+                _fill(owner.collection, [owner.initial])
+                _clear_padding(owner.collection)
+            else:
+                _fill(owner.collection, owner.initial)
+        rule = Rule(embedding.optimizer, optim.eps, (optim.betas[0], optim.betas[1]), decay)
+        collections = {f"{path}.collection": owner.collection for path, owner in owners.items()}
+        return FusedTables(dmp, collections, rule, rate, rate / optim.lr)
+
+
+def ensure_process_group() -> None:
+    """torchrec wants a process group, be it of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Paths of the modules of ``model`` that hold sharded tables, and the modules."""
+    for path, module in model.named_modules():
+        if isinstance(module, ShardedItemTable) or (isinstance(module, FeatureTables) and module.sharded):
+            yield path, module
+
+
+def sharded_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of ``model`` that are parts of sharded tables."""
+    owners = [f"{path}." for path, _ in sharded_modules(model)]
+    return [name for name, _ in model.named_parameters() if name.startswith(tuple(owners))]
+
+
+def table_shapes(model: nn.Module, config: Config, world: World) -> list[TableShape]:
+    """Of the tables to be sharded, with how many rows a rank asks for in a step, about."""
+    run, loss = config.run, config.loss
+    events = (run.batch_tokens or run.batch_users * config.model.max_len) / world.size
+    found = []
+    for _, owner in sharded_modules(model):
+        if isinstance(owner, ShardedItemTable):
+            draws = {"sampled_softmax": events * loss.num_negatives, "full_softmax": math.inf}
+            scored = events + draws.get(loss.name, loss.num_negatives / world.size)
+            scored = min(scored, (owner.num_items + 1) / world.size)
+            found.append(TableShape(TABLE, owner.num_items + 1, owner.dim, (events, scored)))
+        else:
+            names = [c.name for c in owner.collection.embedding_configs()]
+            for name, initial in zip(names, owner.initial, strict=True):
+                found.append(TableShape(name, initial.num_rows, initial.dim, (events,)))
+    return found
+
+
+def _fill(collection: Any, initial: list[InitialValues]) -> None:
+    for weight, values in zip(collection.state_dict().values(), initial, strict=True):
+        for part in weight.local_shards():
+            first_row, first_column = part.metadata.shard_offsets
+            values.write(part.tensor.detach(), first_row, first_column)
+
+
+def _clear_padding(collection: Any) -> None:
+    for weight in collection.state_dict().values():
+        for part in weight.local_shards():
+            if part.metadata.shard_offsets[0] == 0 and len(part.tensor):
+                part.tensor.detach()[0].zero_()

@@ -1,0 +1,68 @@
+"""Lookup and update of a rank's shards in torch, for optimizers that fbgemm has on the GPU only (Adam, row-wise Adam).
+
+The update happens in the backward, as in fbgemm's fused kernels: the gradients of equal rows are summed, then the rows
+move. Weights stay in fbgemm's module, so that torchrec's state dicts and lookups see them.
+
+Legend: n rows of a shard, d its width, E ids looked up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hstu.table_optim import Rule, State
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, ids: Tensor, shard: Shard) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shard = shard
+        return shard.weight[ids].float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.shard.learn(ctx.saved_tensors[0], grad)
+        return grad.new_zeros(()), None, None
+
+
+class Shard:
+    """A part of a table on this rank: weight [n, d], its optimizer's state, and what its next step is."""
+
+    def __init__(self, weight: Tensor, rule: Rule) -> None:
+        self.weight, self.rule, self.state = weight, rule, rule.state(weight)
+        self.lr, self.step = 0.0, 0
+
+    def learn(self, ids: Tensor, grad: Tensor) -> None:
+        """Sums the gradients [E, d] of equal rows and moves those of which something is left."""
+        rows, place = ids.unique(return_inverse=True)
+        total = grad.new_zeros(len(rows), grad.shape[1]).index_add_(0, place, grad)
+        moved = (total != 0).any(dim=1)
+        self.rule.update(self.weight, rows[moved], total[moved], self.state, self.lr, self.step)
+
+
+class TorchKernel(nn.Module):
+    """Takes the place of the forward of torchrec's ``BatchedFusedEmbedding``, for each of its tables in turn."""
+
+    def __init__(self, kernel: Any, rule: Rule) -> None:
+        super().__init__()
+        self.shards = [Shard(weight, rule) for weight in kernel.split_embedding_weights()]
+        counts = [config.num_features() for config in kernel.config.embedding_tables]
+        self.tables = [index for index, count in enumerate(counts) for _ in range(count)]
+        """Of each feature."""
+        self.anchor = torch.zeros((), requires_grad=True)
+        """A leaf without meaning: autograd asks for one to come to the backward."""
+
+    def forward(self, features: Any) -> Tensor:
+        ids = features.values().long().split(features.length_per_key())
+        parts = [
+            _Lookup.apply(self.anchor, part, self.shards[table])
+            for part, table in zip(ids, self.tables, strict=True)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    def states(self) -> list[State]:
+        return [shard.state for shard in self.shards]

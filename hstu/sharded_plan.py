@@ -1,0 +1,209 @@
+"""Where the rows of sharded tables lie: torchrec's planner under the config's constraints, and a refusal that counts.
+
+Legend: R ranks, V rows of a table, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hstu.config_embedding import SHARDINGS, EmbeddingConfig
+from hstu.distributed import World
+from hstu.errors import UserError
+
+GIB = 2**30
+RESERVED = 0.15
+"""Share of a rank's memory that the planner leaves to the dense part, activations and buffers."""
+EMB_OPTIMIZERS = {
+    "sgd": "EXACT_SGD", "adagrad": "EXACT_ADAGRAD", "rowwise_adagrad": "EXACT_ROWWISE_ADAGRAD", "adam": "ADAM",
+    "rowwise_adam": "PARTIAL_ROWWISE_ADAM",
+}  # fmt: skip
+"""Names of the optimizers in fbgemm."""
+FUSED_ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
+"""Those with a fused kernel on the CPU; the others run in torch there, see ``hstu/sharded_kernel.py``."""
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """A table to be sharded. lookups: rows that a rank asks for in a step, of each of the table's features."""
+
+    name: str
+    num_rows: int
+    dim: int
+    lookups: tuple[float, ...]
+
+    def describe(self, config: EmbeddingConfig) -> str:
+        """Name, shape and size with the optimizer's state."""
+        return f"{self.name} {self.num_rows:,} x {self.dim} {_gib(table_bytes(config, self.num_rows, self.dim))}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torchrec's advice to its own authors, about each table and plan, stays out of the run's output."""
+    loggers = [logging.getLogger(name) for name in ("torchrec", "root", "torch.fx._symbolic_trace")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def state_bytes(optimizer: str, num_rows: int, dim: int) -> int:
+    """Bytes of an optimizer's state of a whole table; float32."""
+    per_row = {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim, "rowwise_adam": dim + 1}
+    return 4 * num_rows * per_row[optimizer]
+
+
+def table_bytes(config: EmbeddingConfig, num_rows: int, dim: int) -> int:
+    """Bytes of a whole table with its optimizer's state."""
+    return num_rows * dim * getattr(torch, config.dtype).itemsize + state_bytes(config.optimizer, num_rows, dim)
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or of the control group that the process is limited to."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+def local_size(world: World) -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
+def capacity(config: EmbeddingConfig, world: World) -> int:
+    """Bytes of a rank's memory in which its shards lie: the GPU's, on the CPU the rank's share of the machine's."""
+    if world.device.type == "cuda":
+        if config.hbm_gib is not None:
+            return int(config.hbm_gib * GIB)
+        return int(torch.cuda.get_device_properties(world.device).total_memory)
+    return int(config.ddr_gib * GIB) if config.ddr_gib is not None else host_bytes() // local_size(world)
+
+
+def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]) -> None:
+    """Raises UserError where no plan can fit. Nothing is allocated yet."""
+    room = int(capacity(config, world) * (1 - RESERVED))
+    total = 0
+    for table in tables:
+        size = table_bytes(config, table.num_rows, table.dim)
+        total += size
+        if sharding_of(config, table.name) == "table_wise" and size > room:
+            raise UserError(
+                f"embedding: table {table.describe(config)} with its optimizer's state, and table_wise puts it on one "
+                f"rank, which has {_gib(room)} for tables: take row_wise, or auto"
+            )
+    if total > room * world.size:
+        raise UserError(
+            f"embedding: the tables need {_gib(total)} ({', '.join(t.describe(config) for t in tables)}; "
+            f"{config.dtype}, {config.optimizer}'s state included), and {world.size} ranks of "
+            f"{_gib(capacity(config, world))} have {_gib(room * world.size)} for tables ({RESERVED:.0%} is kept for "
+            f"the rest): take at least {-(-total // room)} ranks, embedding.dtype=float16, "
+            "embedding.optimizer=rowwise_adagrad or a smaller model.dim"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.3g} GiB"
+
+
+def sharding_of(config: EmbeddingConfig, table: str) -> str:
+    """``auto``, table_wise, row_wise or column_wise."""
+    return config.tables.get(table, config.sharding)
+
+
+def fused_params(config: EmbeddingConfig, device: torch.device, lr: float, betas: list[float], eps: float,
+                 weight_decay: float) -> dict[str, Any]:  # fmt: skip
+    """What fbgemm's kernel is told about the optimizer."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+
+    fused = device.type == "cuda" or config.optimizer in FUSED_ON_CPU
+    name = EMB_OPTIMIZERS[config.optimizer] if fused else "EXACT_SGD"
+    params: dict[str, Any] = {
+        "optimizer": getattr(EmbOptimType, name), "learning_rate": lr, "eps": eps, "output_dtype": SparseType.FP32,
+    }  # fmt: skip
+    if config.optimizer in ("adam", "rowwise_adam"):
+        params |= {"beta1": betas[0], "beta2": betas[1], "weight_decay": weight_decay}
+    return params
+
+
+def make_sharder(config: EmbeddingConfig, device: torch.device, params: dict[str, Any]) -> Any:
+    """torchrec's sharder of EmbeddingCollections, with the codecs of quantised communication."""
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+
+    types = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}
+    forward = types[config.comm_dtype]
+    backward = "FP16" if forward == "INT8" else forward
+    wanted = QCommsConfig(forward_precision=CommType[forward], backward_precision=CommType[backward])
+    registry = get_qcomm_codecs_registry(wanted, device=device)
+    return EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=registry)
+
+
+def make_plan(
+    model: nn.Module, config: EmbeddingConfig, world: World, sharder: Any, tables: list[TableShape]
+) -> Any:  # fmt: skip
+    """torchrec's plan for the collections of ``model``, the same on every rank.
+
+    Raises UserError where the planner finds none.
+    """
+    import torch.distributed as dist
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import PlannerError
+
+    check_memory(config, world, tables)
+    constraints = {}
+    for table in tables:
+        wanted = sharding_of(config, table.name)
+        constraints[table.name] = ParameterConstraints(
+            sharding_types=list(SHARDINGS) if wanted == "auto" else [wanted],
+            compute_kernels=["fused"],
+            min_partition=_column_part(table.dim, world.size) if wanted == "column_wise" else None,
+            pooling_factors=list(table.lookups),
+        )
+    on_gpu, room = world.device.type == "cuda", capacity(config, world)
+    topology = Topology(
+        world_size=world.size, local_world_size=local_size(world), compute_device=world.device.type,
+        hbm_cap=room if on_gpu else 0, ddr_cap=host_bytes() // local_size(world) if on_gpu else room,
+    )  # fmt: skip
+    planner = EmbeddingShardingPlanner(
+        topology=topology, batch_size=1, constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED),
+    )  # fmt: skip
+    try:
+        return planner.collective_plan(model, [sharder], dist.group.WORLD)
+    except (PlannerError, RuntimeError) as error:
+        sizes = ", ".join(table.describe(config) for table in tables)
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"embedding: torchrec's planner finds no place for {sizes} on {world.size} ranks of {_gib(room)}: {line}; "
+            "take more ranks, a narrower embedding.dtype, or embedding.sharding=auto"
+        ) from None
+
+
+def _column_part(dim: int, size: int) -> int:
+    """Least width of a column shard: that of as many shards as ranks, where it is a multiple of 4 that divides ``dim``.
+
+    Raises UserError where the width cannot be cut.
+    """
+    for parts in range(size, 0, -1):
+        if dim % parts == 0 and (dim // parts) % 4 == 0:
+            return dim // parts
+    raise UserError(f"embedding: column_wise cuts a width into multiples of 4, model.dim={dim} is none; take row_wise")

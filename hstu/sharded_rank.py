@@ -1,0 +1,158 @@
+"""Exact ranks and the best k items where every rank scores its own block of ids.
+
+All ranks take part with the same number of calls, each with its own users, any number of them. Blocks are scored in
+pieces of one size on all ranks, so that equal embeddings get equal scores wherever they lie.
+
+Legend: U users of this rank, A of all ranks, D width, C items of a piece, S seen items over all users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hstu.distributed import World
+from hstu.sharded_losses import Block, Positions
+from kernels._common import l2_normalize, no_autocast, rows_within
+
+PIECE = 64
+"""Items of a piece are a multiple of this: no product runs into the odd columns at its end."""
+
+Fetch = Callable[[Tensor], Tensor]
+"""Embeddings [n, D] of ids [n] int64; every rank comes with as many."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How queries meet items. normalize, eps: as of the table. chunk_mib: bound of the scores that exist at a time."""
+
+    world: World
+    num_items: int
+    normalize: bool
+    eps: float
+    chunk_mib: float
+    fetch: Fetch
+
+
+class _Pieces:
+    """Scores of all ranks' users against this rank's block, piece by piece."""
+
+    def __init__(self, how: Scoring, queries: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None) -> None:
+        world, self.how = how.world, how
+        self.users = Positions.of(world, len(queries))
+        queries = queries.detach().to(torch.promote_types(queries.dtype, torch.float32))
+        self.queries = self.users.gather(l2_normalize(queries, how.eps) if how.normalize else queries)  # [A, D]
+        self.block = Block.of(how.num_items + 1, world.rank, world.size)
+        longest = -(-(how.num_items + 1) // world.size)
+        fitting = rows_within(how.chunk_mib / 2, max(1, len(self.queries)), self.queries.dtype)
+        self.size = PIECE * max(1, min(fitting // PIECE, -(-longest // PIECE)))
+        self.num_pieces = -(-longest // self.size)
+        self.finite = torch.ones((), dtype=torch.bool, device=queries.device)
+        self.hidden = self._hidden(seen_ids, seen_offsets)
+
+    def _hidden(self, seen_ids: Tensor | None, seen_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Users and ids that they have seen, of all ranks' users and this block, ids ascending."""
+        if seen_ids is None or seen_offsets is None:
+            nothing = torch.zeros(0, dtype=torch.int64, device=self.queries.device)
+            return nothing, nothing
+        start = self.users.own.start
+        own = torch.arange(start, start + len(seen_offsets) - 1, device=seen_ids.device)
+        pairs = torch.stack([own.repeat_interleave(seen_offsets.diff()), seen_ids.long()], dim=1)
+        pairs = Positions.of(self.how.world, len(pairs)).gather(pairs)
+        users, ids = pairs[self.block.holds(pairs[:, 1])].unbind(1)
+        order = ids.argsort(stable=True)
+        return users[order], ids[order]
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """First id, number of ids that count, scores [A, C]; what does not count or was seen scores -inf."""
+        block, device = self.block, self.queries.device
+        for number in range(self.num_pieces):
+            first = block.first + number * self.size
+            ids = torch.arange(first, first + self.size, device=device)
+            inside = ids < block.stop
+            rows = self.how.fetch(torch.where(inside, ids, 0)).to(self.queries.dtype)
+            rows = l2_normalize(rows, self.how.eps) if self.how.normalize else rows
+            scores = self.queries @ rows.mT  # [A, C]
+            self.finite &= torch.isfinite(scores).all()
+            scores[:, ~(inside & (ids > 0))] = -torch.inf
+            yield first, int(inside.sum()), scores
+
+    def hide(self, first: int, scores: Tensor) -> None:
+        """Takes the seen items out of a piece."""
+        users, ids = self.hidden
+        bounds = torch.searchsorted(ids, torch.tensor([first, first + self.size], device=ids.device)).tolist()
+        part = slice(*bounds)
+        scores[users[part], ids[part] - first] = -torch.inf
+
+    def check(self) -> None:
+        """Raises ValueError on every rank where a score of any of them was not finite."""
+        if int(self.how.world.sum((~self.finite).long())):
+            raise ValueError("scores are not finite: queries or table hold NaN, infinite or huge values")
+
+
+@torch.no_grad()
+def sharded_rank(
+    how: Scoring, queries: Tensor, targets: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None
+) -> Tensor:
+    """Exact ranks float64 [U] of targets [U], see ``kernels.rank_and_topk.rank``."""
+    with no_autocast(queries.device):
+        pieces = _Pieces(how, queries, seen_ids, seen_offsets)
+        all_targets = pieces.users.gather(targets.long())
+        kept = list(pieces) if pieces.num_pieces == 1 else None
+        target_scores = torch.zeros_like(pieces.queries[:, 0])
+        for first, _, scores in kept or pieces:
+            users, columns = _targets_in(first, pieces, all_targets)
+            target_scores[users] = scores[users, columns]
+        pieces.users.total(target_scores)
+        counts = torch.zeros(len(all_targets), dtype=torch.float64, device=queries.device)  # better + equal / 2
+        for first, _, scores in kept or pieces:
+            pieces.hide(first, scores)
+            users, columns = _targets_in(first, pieces, all_targets)
+            scores[users, columns] = -torch.inf  # a candidate that does not count against itself
+            counts += _count(torch.gt(scores, target_scores[:, None], out=torch.empty_like(scores)))
+            counts += 0.5 * _count(torch.eq(scores, target_scores[:, None], out=scores))
+        pieces.check()
+        return 1.0 + pieces.users.total(counts)[pieces.users.own]
+
+
+def _targets_in(first: int, pieces: _Pieces, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Users whose target lies in the piece that begins at ``first``, and its columns."""
+    stop = min(first + pieces.size, pieces.block.stop)
+    users = ((targets >= first) & (targets < stop)).nonzero()[:, 0]
+    return users, targets[users] - first
+
+
+def _count(ones: Tensor) -> Tensor:
+    """Sums of 0.0 and 1.0 are exact up to 2^24 columns, and faster than of booleans."""
+    assert ones.shape[1] <= 2**24, ones.shape
+    return ones.sum(dim=1).double()
+
+
+@torch.no_grad()
+def sharded_topk(
+    how: Scoring, queries: Tensor, k: int, seen_ids: Tensor | None, seen_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores and ids [U, k], see ``kernels.rank_and_topk.topk``; k is the same on all ranks."""
+    with no_autocast(queries.device):
+        pieces = _Pieces(how, queries, seen_ids, seen_offsets)
+        best = pieces.queries.new_full((len(pieces.queries), k), -torch.inf)
+        ids = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
+        for first, _, scores in pieces:
+            pieces.hide(first, scores)
+            found, columns = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, ids = _merge([best, found], [ids, columns + first], k)
+        pieces.check()
+        if how.world.size > 1:
+            size = len(best)
+            parts = how.world.gather(best).split(size), how.world.gather(ids).split(size)
+            best, ids = _merge(list(parts[0]), list(parts[1]), k)
+        best, ids = best[pieces.users.own], ids[pieces.users.own]
+        return best, ids.masked_fill(best == -torch.inf, 0)
+
+
+def _merge(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    best, places = torch.cat(scores, dim=1).topk(k, dim=1)
+    return best, torch.cat(ids, dim=1).gather(1, places)

@@ -1,0 +1,125 @@
+"""Losses over sharded tables: those of a local table, with every gradient, on any number of ranks."""
+
+import pytest
+import torch
+
+from hstu.config import LossConfig, from_dict
+from hstu.distributed import World
+from hstu.embedding import LocalItemTable
+from hstu.model.losses import make_loss
+from hstu.optim import set_learning_rate
+from tests.ranks import run_ranks
+
+pytest.importorskip("torchrec")
+
+NUM_ITEMS, DIM, STEPS = 37, 8, 3
+LOSSES = {
+    "sampled": {"name": "sampled_softmax", "num_negatives": 16},
+    "bank": {"name": "shared_bank", "num_negatives": 20, "logq_correction": True},
+    "in-batch": {"name": "in_batch", "logq_correction": True},
+    "in-batch-plain": {"name": "in_batch"},
+    "full": {"name": "full_softmax"},
+}
+
+
+class Model(torch.nn.Module):
+    """Queries are projections of the events' own embeddings, so that both uses of the table have a gradient."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.map = table, torch.nn.Linear(DIM, DIM)
+
+    def forward(self, events, labels, rows, loss, seed):
+        self.table.expect(labels, loss, seed, rows)
+        queries = self.map(self.table.lookup(events))
+        options = {"rows": rows} if loss.name == "sampled_softmax" else {}
+        if loss.name == "sampled_softmax":
+            return self.table.sampled_softmax(queries, labels, None, loss.num_negatives, seed, 0.1, **options)
+        if loss.name == "full_softmax":
+            return self.table.full_softmax(queries, labels, 0.1)
+        ids, log_q, label_log_q = bank(labels, loss, seed, self.table.num_items)
+        return self.table.bank_softmax(queries, labels, ids, log_q, label_log_q, 0.1)
+
+
+def bank(labels, loss, seed, num_items):
+    from hstu.model.losses.shared_bank import draw_bank
+
+    world = World.current()
+    if loss.name == "shared_bank":
+        ids = draw_bank(num_items, loss.num_negatives, seed, labels.device)
+        return ids, torch.full((len(ids),), -0.5), None
+    everyone = world.gather(labels)
+    ids, counts = everyone.unique(return_counts=True)
+    log_q = -counts.float().log()
+    if not loss.logq_correction:
+        return ids, log_q, None
+    frequency = (counts / len(everyone)).log()
+    return ids, frequency + log_q, frequency[torch.searchsorted(ids, labels)]
+
+
+def train(loss, kind, optimizer, sharding, sizes, normalize=True, lr=0.3):
+    """Losses [P] of each step, then the table and the map, as rank 0 gathers them. sizes: positions of the ranks."""
+    from hstu.sharded import ShardedItemTable, shard
+    from hstu.table_optim import Rule, TableOptimizer
+
+    world, loss = World.current(), LossConfig(**loss)
+    config = from_dict({
+        "embedding": {"kind": kind, "optimizer": optimizer, "sharding": sharding, "lr": lr}, "model": {"dim": DIM},
+    })  # fmt: skip
+    torch.manual_seed(5)
+    cls = LocalItemTable if kind == "local" else ShardedItemTable
+    model = Model(cls(NUM_ITEMS, DIM, l2_normalize=normalize))
+    if kind == "local":
+        rule = Rule(optimizer, config.optim.eps, tuple(config.optim.betas))
+        tables = TableOptimizer(model.table.parameters(), rule, lr, lr / config.optim.lr)
+    else:
+        tables = shard(model, config, world)
+    dense = torch.optim.SGD(model.map.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    own = slice(bounds[world.rank], bounds[world.rank + 1])
+    for step in range(STEPS):
+        events, labels = torch.randint(1, NUM_ITEMS + 1, (2, bounds[-1]), generator=generator)
+        rows = torch.randperm(bounds[-1], generator=generator)
+        weights = torch.rand(bounds[-1], generator=generator)
+        set_learning_rate(tables, config.optim.lr)
+        tables.zero_grad()
+        dense.zero_grad()
+        losses = model(events[own], labels[own], rows[own], loss, 100 + step)
+        (losses @ weights[own] / weights.sum() * world.size).backward()
+        for parameter in model.map.parameters():
+            parameter.grad = world.sum(parameter.grad) / world.size
+        dense.step()
+        tables.step()
+        found.append(world.gather(losses))
+    return found, whole_table(model.table, world), model.map.weight.detach()
+
+
+def whole_table(table, world):
+    if isinstance(table, LocalItemTable):
+        return table.weight.detach()
+    found = torch.zeros(NUM_ITEMS + 1, DIM)
+    for part in table.state_dict()["weight"].local_shards():
+        (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
+        found[row : row + rows, column : column + columns] = part.tensor.detach()
+    return world.sum(found)
+
+
+SIZES = {1: [60], 2: [35, 25], 4: [20, 0, 33, 7]}
+
+
+def check(loss, optimizer, sharding, num_ranks, normalize=True, **tolerance):
+    expected = train(LOSSES[loss], "local", optimizer, "auto", [60], normalize)
+    results = run_ranks(num_ranks, train, LOSSES[loss], "sharded", optimizer, sharding, SIZES[num_ranks], normalize)
+    for losses, table, linear in results:
+        for ours, theirs in zip(losses, expected[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(table, expected[1], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(linear, expected[2], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4], ids="ranks{}".format)
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_losses_and_gradients_of_one_rank(loss, num_ranks):
+    check(loss, "sgd", "row_wise", num_ranks)
