@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -162,10 +163,12 @@ class Engine:
     def __init__(self, model: nn.Module, world: World) -> None:
         self.module: nn.Module = StepLoss(model, world)
         if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(
-                self.module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            ddp = nn.parallel.DistributedDataParallel
+            newer = "forward_sync_buffers" in signature(ddp.__init__).parameters
+            options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            if world.device.type == "cuda":
+                options["device_ids"] = [world.device]
+            self.module = ddp(self.module, gradient_as_bucket_view=True, **options)
 
     def loss(self, batch: Any, seed: int, plan: Any) -> Tensor:
         """This rank's part of the loss, a scalar."""

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from hstu.config import RunConfig, from_dict
 from hstu.distributed import World
-from hstu.errors import UserError
+from hstu.errors import Interrupted, RankLost, UserError
 from hstu.evaluate import run_device
 from hstu.pulse import Pulse
 
@@ -43,10 +43,6 @@ REPORT_TIMEOUT_S = 5.0
 
 _runs = count()
 """Of this process, as a sweep under torchrun makes several, each with a group of its own."""
-
-
-class RankLost(UserError):
-    """A rank has died or hangs: started again, the run may succeed."""
 
 
 def attempt() -> int:
@@ -191,7 +187,6 @@ def conclude(error: BaseException) -> int:
     for which ranks are not started again.
     """
     from hstu.cli import _one_line
-    from hstu.train import Interrupted
 
     folder = os.environ.get(FOLDER)
     outcome: dict[str, Any] = {"status": 1, "line": _one_line(error)}
@@ -276,8 +271,6 @@ def _last_failure(error: Any, folder: Path, run: RunConfig) -> str:
 
 
 def _raise_outcome(path: Path, failure: str | None, number: int | None, folder: str) -> None:
-    from hstu.train import Interrupted
-
     outcome = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "signal" in outcome:
         raise Interrupted(outcome["signal"], Path(outcome["folder"]))

@@ -34,7 +34,7 @@ from hstu.data.balance import imbalance
 from hstu.data.batches import Prefetcher
 from hstu.data.share import Share
 from hstu.distributed import Engine, World
-from hstu.errors import UserError
+from hstu.errors import Interrupted, UserError
 from hstu.evaluate import run_device
 from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
 from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
@@ -53,15 +53,6 @@ __all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
 STEP_SEED = 12
 """Purpose number of the seed of each step."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to stop; it has saved. No Exception, so that a sweep stops with its job."""
-
-    def __init__(self, number: int, folder: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; saved. Resume with run.dir={folder}")
-        self.number, self.folder = number, folder
-        self.exit_code = 128 + number
 
 
 @dataclass
