@@ -64,6 +64,7 @@ setup(
             "hstu-recommend = hstu.recommend:main",
             "hstu-doctor = hstu.doctor:main",
             "hstu-bench = benchmarks.bench:main",
+            "hstu-plan = hstu.plan:main",
         ]
     },
 )

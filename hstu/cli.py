@@ -79,7 +79,7 @@ def run_hydra(task: Callable[[Any], Any], config_name: str, folder: str = "") ->
     try:
         job()
     except HydraException as error:
-        own = conf_dir() / folder / f"{config_name}.yaml" if folder else None
+        own = conf_dir() / folder / f"{config_name}.yaml" if folder or "/" in config_name else None
         raise UserError(_hydra_line(error, own)) from None
     if failures:
         raise failures[0]
@@ -234,7 +234,10 @@ def _near(line: str, key: str, names: set[str]) -> str:
 
 
 def _option_names(parents: list[str], own: Path | None) -> set[str]:
-    """Names of the options in a group such as ``["model", "bias"]``, of every model; the top level for []."""
+    """Names of the options in a group such as ``["model", "bias"]``, of every model; the top level for [].
+
+    own: a command's own file; groups that it takes from elsewhere, as it does ``model``, are those of every command.
+    """
     from hstu.config import Config
 
     if own is not None:
@@ -243,7 +246,8 @@ def _option_names(parents: list[str], own: Path | None) -> set[str]:
         values = yaml.safe_load(own.read_text(encoding="utf-8"))
         for part in parents:
             values = values.get(part) if isinstance(values, dict) else None
-        return set(values) - {"defaults", "hydra"} if isinstance(values, dict) else set()
+        if isinstance(values, dict):
+            return set(values) - {"defaults", "hydra"}
     classes: list[type] = [Config]
     for part in parents:
         hints = [hint for cls in classes if (hint := typing.get_type_hints(cls).get(part)) is not None]

@@ -1,0 +1,288 @@
+"""Time of a training step by part: what GPUs send each other, products, and bytes moved in memory.
+
+Every part is its work over a stated share of the machine's peak; nothing is assumed to overlap, so that the sum is
+careful and the largest part a bound from below.
+
+Legend: T tokens of a GPU, P = N T positions of all, D model width, H heads, A query/key width, V value width per head,
+R negatives per position, N GPUs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.plan_config import COMM_BYTES, DTYPE_BYTES, PlanConfig
+from hstu.plan_memory import (
+    DRAW_BYTES,
+    FLOAT,
+    INT64,
+    STATE_FLOATS,
+    Workload,
+    bank_items,
+    dense_parameters,
+    distinct,
+    is_replicated,
+    layer_bytes,
+    num_shards,
+    rectangle_width,
+    scored_rows,
+)
+
+BACKWARD_ATTENTION = 2.5
+"""Times the forward: five products, of which two are computed again (as benchmarks/ops/attention.py counts)."""
+TOUCHES = 6.0
+"""A number that a layer keeps is written, read by the next op, read in the backward pass; so is its gradient."""
+SOFTMAX_PASSES = 12.0
+"""Softmax attention written out in steps moves each weight so often, forward and backward."""
+ADAMW_FLOATS = 7.0
+"""AdamW reads weight, gradient and two moments of a number and writes all but the gradient."""
+GATHER_FLOATS = 2.0
+"""The backward of a sampled loss adds to a float32 gradient: read and write."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective of a step, or several alike."""
+
+    name: str
+    sent: float
+    """Bytes that a GPU sends (the busiest one)."""
+    outside: float
+    """Of them, those that leave the node through the GPU's share of its network cards."""
+    seconds: float
+    calls: int = 1
+
+
+class Network:
+    """Time of collectives over ``cluster.gpus`` GPUs in nodes of ``gpus_per_node``."""
+
+    def __init__(self, config: PlanConfig) -> None:
+        sheet, cluster = config.cluster.sheet, config.cluster
+        self.gpus = cluster.gpus
+        self.node = min(sheet.gpus_per_node, self.gpus)
+        self.nvlink = sheet.nvlink_gbps * 1e9 * cluster.network_fraction
+        self.card = sheet.network_gbps * 1e9 * cluster.network_fraction
+        self.start_s = cluster.collective_us * 1e-6
+
+    def _transfer(self, name: str, sent: float, outside: float, inside: float, calls: int) -> Transfer:
+        seconds = max(inside / self.nvlink, outside / self.card) + calls * self.start_s
+        return Transfer(name, sent, outside, seconds, calls)
+
+    def all_to_all(self, name: str, size: float, calls: int = 1) -> Transfer:
+        """size: bytes that a GPU has for all GPUs, itself included, evenly."""
+        other, away = (self.gpus - 1) / self.gpus, (self.gpus - self.node) / self.gpus
+        return self._transfer(name, size * other, size * away, size * (other - away), calls)
+
+    def all_gather(self, name: str, size: float, calls: int = 1, passes: int = 1) -> Transfer:
+        """size: bytes of the result, on every GPU. A reduce-scatter takes as much; an all-reduce two passes.
+
+        Rings over the nodes, one for each network card: a GPU's card carries its share of what enters the node.
+        """
+        nodes = -(-self.gpus // self.node)
+        sent = passes * size * (self.gpus - 1) / self.gpus
+        outside = passes * size * (nodes - 1) / nodes / self.node
+        return self._transfer(name, sent, outside, sent, calls)
+
+
+def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
+    """What a step sends, by part; empty on one GPU."""
+    if config.cluster.gpus == 1:
+        return []
+    network = Network(config)
+    dense = FLOAT * float(dense_parameters(config.model))
+    if is_replicated(config):
+        dense += FLOAT * float(config.embedding.rows + 1) * config.model.dim
+        return [network.all_gather("gradients of dense weights", dense, 1, passes=2)]
+    lookup = _lookup(config, network, "events", work.tokens)
+    return [*lookup, *loss_transfers(config, work), network.all_gather("gradients of dense weights", dense, 1, 2)]
+
+
+def _lookup(config: PlanConfig, network: Network, what: str, rows: float) -> list[Transfer]:
+    """Ids to the GPUs that have their rows, rows back, gradients there; rows: those that a GPU asks for."""
+    out, back = COMM_BYTES[config.embedding.comm_dtype]
+    sharding, dim = config.embedding.sharding, config.model.dim
+    copies = num_shards(config) if sharding == "column_wise" else 1
+    if num_shards(config) < config.cluster.gpus:  # few GPUs have all rows
+        rows = rows * config.cluster.gpus / num_shards(config)
+    return [
+        network.all_to_all(f"ids of {what}", rows * copies * INT64, 2),  # lengths first
+        network.all_to_all(f"rows of {what}", rows * dim * out),
+        network.all_to_all(f"gradients of {what}", rows * dim * back),
+    ]
+
+
+def loss_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
+    """Queries of all GPUs go to every GPU, which scores its own rows; what the sharded losses do."""
+    network, row = Network(config), FLOAT * config.model.dim
+    everyone = work.tokens * config.cluster.gpus
+    known = 2 if config.loss.name == "sampled_softmax" else 1  # the label, and the row that numbers a draw
+    parts = [
+        network.all_gather("labels", everyone * INT64 * known, 2),
+        network.all_gather("queries", everyone * row),
+        network.all_gather("losses of the parts", everyone * FLOAT * 3, 3, passes=2),
+        network.all_gather("gradients of the losses", everyone * FLOAT),
+        network.all_gather("gradients of queries", everyone * row),
+    ]
+    if config.embedding.sharding in ("column_wise", "table_wise"):  # rows do not lie where they are scored
+        parts += _lookup(config, network, "scored items", scored_rows(config, work))
+    return parts
+
+
+def row_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
+    """The other way: every GPU fetches the rows that its own positions are scored against."""
+    items, tokens, count = float(config.embedding.rows), work.tokens, config.loss.num_negatives
+    everyone = tokens * config.cluster.gpus
+    rows = {
+        "sampled_softmax": distinct(tokens * (count + 1), items),
+        "shared_bank": distinct(tokens + count, items),
+        "in_batch": distinct(everyone, items),
+        "full_softmax": items,
+    }[config.loss.name]
+    return _lookup(config, Network(config), "scored items", rows)
+
+
+# Work on the GPU
+
+
+@dataclass(frozen=True)
+class TimePart:
+    """One part of a step."""
+
+    name: str
+    seconds: float
+    resource: str
+    """compute, HBM bandwidth, NVLink, network or PCIe: what it waits for."""
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
+    """Everything but communication."""
+    model, layers = config.model, config.model.num_blocks
+    cluster = config.cluster
+    touched = TOUCHES * layers * layer_bytes(config, work)
+    parts = [
+        _part(config, "linear layers", layers * work.tokens * _linear_flops(config), touched, cluster.linear_fraction),
+        _attention(config, work),
+        *_loss_parts(config, work),
+    ]
+    parts += _embedding(config, work)
+    dense = float(dense_parameters(model)) * FLOAT * ADAMW_FLOATS
+    return [*parts, _part(config, "dense optimizer", 0.0, dense, 1.0)]
+
+
+def _part(config: PlanConfig, name: str, flops: float, num_bytes: float, fraction: float) -> TimePart:
+    """The longer of its products and its bytes."""
+    compute_s = flops / (config.peak_tflops * 1e12 * fraction)
+    bytes_s = num_bytes / (config.cluster.sheet.hbm_gbps * 1e9 * config.cluster.hbm_fraction)
+    resource = "compute" if compute_s >= bytes_s else "HBM bandwidth"
+    return TimePart(name, max(compute_s, bytes_s), resource, flops, num_bytes)
+
+
+def _linear_flops(config: PlanConfig) -> float:
+    """Of one token in one layer, forward and backward; HSTU computes its first product again."""
+    model = config.model
+    if isinstance(model, HSTUConfig):
+        values = model.num_heads * model.v_dim
+        return 8.0 * model.dim * (2 * values + 2 * model.num_heads * model.qk_dim) + 6.0 * values * model.dim
+    assert isinstance(model, SASRecConfig | TransformerConfig)
+    feed_forward = (2 if isinstance(model, SASRecConfig) else 3) * model.ffn_dim
+    return 6.0 * model.dim * (4 * model.dim + feed_forward)
+
+
+def _attention(config: PlanConfig, work: Workload) -> TimePart:
+    model, fraction = config.model, config.cluster.attention_fraction
+    if isinstance(model, HSTUConfig):
+        widths = model.num_heads * (model.qk_dim + model.v_dim)
+        flops = (1 + BACKWARD_ATTENTION) * 2.0 * work.pairs * widths
+        return _part(config, "attention", model.num_blocks * flops, 0.0, fraction)
+    padded = work.squares if config.torch_path else work.users * work.longest**2
+    if isinstance(model, SASRecConfig) and model.dropout > 0 and not config.torch_path:
+        moved = SOFTMAX_PASSES * model.num_heads * padded * FLOAT
+        return _part(config, "attention", model.num_blocks * 12.0 * padded * model.dim,
+                     model.num_blocks * moved, fraction)  # fmt: skip
+    flops = (1 + BACKWARD_ATTENTION) * 2.0 * padded * model.dim  # half of the square, as the causal mask shows
+    return _part(config, "attention", model.num_blocks * flops, 0.0, fraction)
+
+
+def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
+    dim, count, gpus = config.model.dim, config.loss.num_negatives, config.cluster.gpus
+    if is_replicated(config):
+        gpus = 1
+    everyone = work.tokens * gpus
+    if config.loss.name != "sampled_softmax":
+        bank = bank_items(config.with_gpus(gpus), work)
+        flops = 8.0 * everyone * bank * dim  # the logits are computed again in the backward pass
+        return [_part(config, "loss", flops, TOUCHES * everyone * dim * FLOAT, config.cluster.linear_fraction)]
+    pairs = everyone * (rectangle_width(everyone, count, gpus) + 1)
+    rows = work.tokens * (count + 1)  # what fills up the rectangle is the label, whose row is in the cache
+    each = dim * (2 * config.activation_bytes + GATHER_FLOATS * FLOAT)
+    parts = [_part(config, "loss", 6.0 * pairs * dim, rows * each, config.cluster.linear_fraction)]
+    if not is_replicated(config):
+        drawn = 2.0 * everyone * count * DRAW_BYTES
+        parts.append(_part(config, "owners of the negatives", 0.0, drawn, 1.0))
+    return parts
+
+
+def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
+    """Lookups, and the update of the rows that were touched; a local table with AdamW is updated whole."""
+    table, dim = config.embedding, config.model.dim
+    stored, gpus, shards = DTYPE_BYTES[table.dtype], config.cluster.gpus, num_shards(config)
+    items = float(table.rows)
+    if is_replicated(config):
+        looked_up = 2 * work.tokens * dim * FLOAT
+        update = (items + 1) * dim * FLOAT * ADAMW_FLOATS
+        return [_part(config, "embedding", 0.0, looked_up + update, 1.0)]
+    busy = gpus / shards  # lookups of a GPU that has rows, against an even share
+    rows = (work.tokens + scored_rows(config, work)) * busy
+    touched = distinct(work.tokens * gpus, items) / shards + scored_rows(config, work) * busy
+    each, per_row = STATE_FLOATS[table.optimizer]
+    state = FLOAT * (each * dim + per_row)
+    moved = rows * dim * (stored + FLOAT) + rows * dim * FLOAT + touched * 2 * (dim * stored + state)
+    if table.placement == "hbm":
+        return [_part(config, "embedding", 0.0, moved, 1.0)]
+    missed = 1.0 - table.cache_hit_rate if table.placement == "uvm_caching" else 1.0
+    far = missed * (rows * dim * stored + touched * (dim * stored + 2 * state))
+    seconds = far / (config.cluster.sheet.pcie_gbps * 1e9 * config.cluster.network_fraction)
+    return [_part(config, "embedding", 0.0, moved, 1.0), TimePart("rows in host memory", seconds, "PCIe", 0.0, far)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Time of one step."""
+
+    parts: tuple[TimePart, ...]
+    transfers: tuple[Transfer, ...]
+    tokens: float
+    """Of all GPUs."""
+
+    @property
+    def seconds(self) -> float:
+        """All parts one after the other."""
+        return sum(p.seconds for p in self.parts) + sum(t.seconds for t in self.transfers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    def by_resource(self) -> dict[str, float]:
+        """Seconds that the step waits for each resource."""
+        total: dict[str, float] = defaultdict(float)
+        for part in self.parts:
+            total[part.resource] += part.seconds
+        for transfer in self.transfers:
+            total["network" if transfer.outside else "NVLink"] += transfer.seconds
+        return dict(total)
+
+    @property
+    def limited_by(self) -> str:
+        shares = self.by_resource()
+        return max(shares, key=lambda name: shares[name])
+
+
+def plan_step(config: PlanConfig, work: Workload) -> Step:
+    """Time of one step of the busiest GPU."""
+    everyone = work.tokens * config.cluster.gpus
+    return Step(tuple(compute_parts(config, work)), tuple(transfers(config, work)), everyone)

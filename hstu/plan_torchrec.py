@@ -1,0 +1,141 @@
+"""The sharding that torchrec's planner picks, without a process group, and its estimate beside our own arithmetic."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hstu.plan_config import PlanConfig
+from hstu.plan_memory import FLOAT, GIB, INT64, Memory, Workload, is_replicated, scored_rows, table_bytes
+
+TABLE = "item_table"
+KERNELS = {"hbm": "fused", "uvm_caching": "fused_uvm_caching", "uvm": "fused_uvm"}
+"""torchrec's names of where rows lie."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What torchrec's planner says.
+
+    Attributes:
+        found: whether it found a plan.
+        sharding: row_wise, column_wise or table_wise; of no meaning where none was found.
+        shards: how many.
+        hbm_bytes: of the largest shard: rows, optimizer state, and ids and rows on their way.
+        ours_bytes: the same by our arithmetic.
+        note: why there is no plan, or None.
+    """
+
+    found: bool
+    sharding: str
+    shards: int = 0
+    hbm_bytes: float = 0.0
+    ours_bytes: float = 0.0
+    note: str | None = None
+
+
+def has_torchrec() -> bool:
+    """Whether torchrec's planner can be imported."""
+    try:
+        import torchrec.distributed.planner  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Sharding | None:
+    """Asks torchrec's planner for this table on this cluster; None where there is nothing to shard or no torchrec.
+
+    memory: by our arithmetic; what is not the table's is left out of the memory that the planner may fill.
+    """
+    if is_replicated(config) or not has_torchrec():
+        return None
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.planner.types import PlannerError
+
+    rest = memory.total - memory.of("table") - memory.of("table optimizer")
+    asked = [work.tokens, scored_rows(config, work)]
+    free = memory.limit - rest
+    if free <= 0:
+        return Sharding(False, config.embedding.sharding, note=f"nothing is left for the table: {rest / GIB:.1f} GiB "
+                        "are taken by the rest")  # fmt: skip
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        module, planner = _planner(config, free, asked)
+        try:
+            planner.plan(module, [EmbeddingCollectionSharder()])
+        except PlannerError:
+            return Sharding(False, config.embedding.sharding, note=f"no plan in {free / GIB:.1f} GiB a GPU")
+    option = planner._best_plan[0]  # torchrec shows it in no other way
+    fullest = max(option.shards, key=lambda shard: shard.storage.hbm)
+    chosen = config.with_table(sharding=option.sharding_type)
+    rows, state = table_bytes(chosen)
+    cached = {"hbm": 1.0, "uvm": 0.0}.get(config.embedding.placement, config.embedding.cache_fraction)
+    moved = sum(asked) * (INT64 + FLOAT * fullest.size[1])
+    if option.sharding_type != "row_wise":
+        moved *= config.cluster.gpus  # a shard gets the ids of all GPUs
+    ours = (rows + state) * cached + moved
+    return Sharding(True, option.sharding_type, len(option.shards), float(fullest.storage.hbm), ours)
+
+
+def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch.nn.Module, Any]:
+    """The table on the meta device, and a planner of the cluster."""
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+    from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+    types = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
+    table, cluster, sheet = config.embedding, config.cluster, config.cluster.sheet
+    names = ["events", "scored"]
+    described = EmbeddingConfig(
+        name=TABLE, num_embeddings=table.rows + 1, embedding_dim=config.model.dim, feature_names=names,
+        data_type=types[table.dtype],
+    )  # fmt: skip
+    module = EmbeddingCollection(tables=[described], device=torch.device("meta"))
+    apply_optimizer_in_backward(_optimizer(table.optimizer), module.parameters(), {"lr": 0.1})
+    per_ms = 1e9 / 1e3
+    node = min(sheet.gpus_per_node, cluster.gpus)
+    topology = Topology(
+        world_size=cluster.gpus, compute_device="cuda", local_world_size=node, hbm_cap=int(free),
+        ddr_cap=int(sheet.ddr_gib * GIB / node), hbm_mem_bw=sheet.hbm_gbps * per_ms,
+        intra_host_bw=sheet.nvlink_gbps * per_ms, inter_host_bw=sheet.network_gbps * per_ms,
+        hbm_to_ddr_mem_bw=sheet.pcie_gbps * per_ms,
+    )  # fmt: skip
+    wanted = ["row_wise", "column_wise", "table_wise"] if table.sharding == "auto" else [table.sharding]
+    constraint = ParameterConstraints(
+        sharding_types=wanted, compute_kernels=[KERNELS[table.placement]], pooling_factors=asked,
+        output_dtype=DataType.FP32,
+    )  # fmt: skip
+    planner = EmbeddingShardingPlanner(
+        topology=topology, batch_size=1, constraints={TABLE: constraint}, debug=False, stats=[],
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+    )  # fmt: skip
+    return module, planner
+
+
+def _optimizer(name: str) -> Any:
+    """The class whose state torchrec's planner knows; for row-wise Adam that of Adagrad, one moment a number."""
+    from torchrec import optim
+
+    return {
+        "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": optim.RowWiseAdagrad,
+        "adam": torch.optim.Adam, "rowwise_adam": torch.optim.Adagrad,
+    }[name]  # fmt: skip
+
+
+class _quiet:
+    """Inside, torchrec logs nothing: its planner warns of topologies that are not made by a factory."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("torchrec")
+        self.before = self.logger.level
+        self.logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *error: object) -> None:
+        self.logger.setLevel(self.before)
