@@ -11,11 +11,13 @@ Two streams of 16-bit draws, one per element; an element is dropped when its dra
 
 So the mask is a function of (seed, shape, rate, stream), equal for every dtype. With ``rows`` each row draws what the
 row of that number draws in a larger tensor of this width: a rank's share of a batch draws what it would in the whole.
-``sfc64`` cannot jump, so it then draws all rows up to the largest; ``philox`` counts in 64 bits.
+``philox`` counts in 64 bits. ``sfc64`` cannot jump, so all rows up to the largest are drawn; every 2^24 rows have a
+stream of their own, so that rows far from the first cost no more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from kernels._philox import MASK, philox_4x32
 
 LEVELS = 65_536
 """The rate is rounded to a multiple of 1/65536: one 16-bit draw per element."""
+NEAR_BITS = 24
+"""Rows that share a stream of a generator that cannot jump, as a power of two."""
 OCTET = 8
 """16-bit draws of one Philox call."""
 
@@ -60,13 +64,37 @@ def keep_scale(shape: torch.Size, rate: float, seed: int, like: Tensor, rows: Te
 
 def keep_mask(shape: torch.Size, rate: float, seed: int, rows: Tensor | None = None) -> Tensor:
     """The ``sfc64`` mask before scaling: uint8 on the CPU, 0 with probability ``rate`` (to 1/65536), else 1."""
-    generator = np.random.Generator(np.random.SFC64(seed))
+
+    def draw(own_seed: Any, size: Any) -> np.ndarray:
+        return np.random.Generator(np.random.SFC64(own_seed)).integers(0, LEVELS, size=size, dtype=np.uint16)
+
     if rows is None or shape.numel() == 0:
-        draws = generator.integers(0, LEVELS, size=shape.numel(), dtype=np.uint16)
+        draws = draw(seed, shape.numel())
     else:
-        every = generator.integers(0, LEVELS, size=(int(rows.max()) + 1, shape[-1]), dtype=np.uint16)
-        draws = every[rows.numpy()]
+        draws = draw_at(rows, seed, lambda own_seed, count: draw(own_seed, (count, shape[-1])))
     return torch.from_numpy((draws >= dropped_levels(rate)).view(np.uint8)).view(shape)
+
+
+def draw_at(rows: Tensor, seed: int, draw: Callable[[Any, int], np.ndarray]) -> np.ndarray:
+    """Rows of what a generator that cannot jump draws.
+
+    Args:
+        rows: int64, >= 0, at least one.
+        seed: of the first 2^24 rows; those after them have ``[seed, number of the 2^24]``.
+        draw: the first ``count`` rows of a seed, [count, ...].
+    """
+    places = rows.numpy()
+    parts = places >> NEAR_BITS
+    found = None
+    for part in np.unique(parts).tolist():
+        chosen = parts == part
+        near = places[chosen] & ((1 << NEAR_BITS) - 1)
+        every = draw([seed, part] if part else seed, int(near.max()) + 1)
+        if found is None:
+            found = np.empty((*places.shape, *every.shape[1:]), every.dtype)
+        found[chosen] = every[near]
+    assert found is not None
+    return found
 
 
 def philox_draws(shape: torch.Size, seed: int, device: torch.device, rows: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels._backend import get_backend
 from kernels._common import block_rows, row_chunks, rows_within
+from kernels._dropout import draw_at
 from kernels._philox import uniform_ids
 
 # torch says once that sparse CSR is beta; a training run has no use for it.
@@ -45,10 +46,14 @@ def draw_negatives(
     On CUDA, and where the Triton kernels were asked for, these are the ids that the Triton kernel draws.
     """
     if device.type == "cpu" and get_backend() != "triton":  # numpy draws bounded int32 faster than torch does
-        drawn = num_positions if rows is None or num_positions == 0 else int(rows.max()) + 1
-        shape = (drawn, num_negatives)
-        ids = np.random.default_rng(seed).integers(1, num_items + 1, size=shape, dtype=np.int32)
-        return torch.from_numpy(ids if rows is None else ids[rows.numpy()])
+
+        def draw(own_seed: Any, count: int) -> np.ndarray:
+            shape = (count, num_negatives)
+            return np.random.default_rng(own_seed).integers(1, num_items + 1, size=shape, dtype=np.int32)
+
+        if rows is None or num_positions == 0:
+            return torch.from_numpy(draw(seed, num_positions))
+        return torch.from_numpy(draw_at(rows, seed, draw))
     return uniform_ids(num_positions, num_negatives, num_items, seed, device, rows)
 
 
