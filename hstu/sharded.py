@@ -66,6 +66,9 @@ class ShardedItemTable(ItemTable):
 
     def _fetch(self, events: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of ids [n] and [K], in one exchange with all ranks."""
+        if torch.is_inference_mode_enabled():  # fbgemm's lookups are not there in it
+            with torch.inference_mode(False), torch.no_grad():
+                return self._fetch(events.clone(), scored.clone())
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         counts = [len(events), len(scored)]
@@ -137,7 +140,7 @@ class ShardedItemTable(ItemTable):
         with torch.no_grad():
             queries = self.lookup(nothing)
             seen = (nothing, nothing.new_zeros(1)) if filtered else (None, None)
-            self.rank(queries, nothing, *seen, chunk_mib=chunk_mib)
+            self.rank(queries, nothing, seen[0], seen[1], chunk_mib)
 
     def _scoring(self, chunk_mib: float) -> Scoring:
         def fetch(ids: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ Legend: n rows of a shard, d its width, E ids looked up.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hstu.table_optim import Rule, State
+from hstu.table_optim import Rule
 
 
 class _Lookup(torch.autograd.Function):
@@ -45,24 +46,17 @@ class Shard:
 
 
 class TorchKernel(nn.Module):
-    """Takes the place of the forward of torchrec's ``BatchedFusedEmbedding``, for each of its tables in turn."""
+    """Takes the place of the forward of torchrec's ``BatchedFusedEmbedding``, table by table."""
 
     def __init__(self, kernel: Any, rule: Rule) -> None:
         super().__init__()
         self.shards = [Shard(weight, rule) for weight in kernel.split_embedding_weights()]
-        counts = [config.num_features() for config in kernel.config.embedding_tables]
-        self.tables = [index for index, count in enumerate(counts) for _ in range(count)]
-        """Of each feature."""
+        self.num_features = [config.num_features() for config in kernel.config.embedding_tables]
         self.anchor = torch.zeros((), requires_grad=True)
         """A leaf without meaning: autograd asks for one to come to the backward."""
 
     def forward(self, features: Any) -> Tensor:
-        ids = features.values().long().split(features.length_per_key())
-        parts = [
-            _Lookup.apply(self.anchor, part, self.shards[table])
-            for part, table in zip(ids, self.tables, strict=True)
-        ]  # fmt: skip
+        counts = iter(features.length_per_key())  # the features of a table stand together
+        ids = features.values().long().split([sum(islice(counts, number)) for number in self.num_features])
+        parts = [_Lookup.apply(self.anchor, part, shard) for part, shard in zip(ids, self.shards, strict=True)]
         return torch.cat(parts)
-
-    def states(self) -> list[State]:
-        return [shard.state for shard in self.shards]

@@ -6,13 +6,12 @@ import torch
 from hstu.config import LossConfig, from_dict
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable
-from hstu.model.losses import make_loss
 from hstu.optim import set_learning_rate
 from tests.ranks import run_ranks
 
 pytest.importorskip("torchrec")
 
-NUM_ITEMS, DIM, STEPS = 37, 8, 3
+NUM_ITEMS, DIM = 37, 8
 LOSSES = {
     "sampled": {"name": "sampled_softmax", "num_negatives": 16},
     "bank": {"name": "shared_bank", "num_negatives": 20, "logq_correction": True},
@@ -57,7 +56,7 @@ def bank(labels, loss, seed, num_items):
     return ids, frequency + log_q, frequency[torch.searchsorted(ids, labels)]
 
 
-def train(loss, kind, optimizer, sharding, sizes, normalize=True, lr=0.3):
+def train(loss, kind, optimizer, sharding, sizes, normalize=True, steps=3, lr=0.1):
     """Losses [P] of each step, then the table and the map, as rank 0 gathers them. sizes: positions of the ranks."""
     from hstu.sharded import ShardedItemTable, shard
     from hstu.table_optim import Rule, TableOptimizer
@@ -79,7 +78,7 @@ def train(loss, kind, optimizer, sharding, sizes, normalize=True, lr=0.3):
     found = []
     bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     own = slice(bounds[world.rank], bounds[world.rank + 1])
-    for step in range(STEPS):
+    for step in range(steps):
         events, labels = torch.randint(1, NUM_ITEMS + 1, (2, bounds[-1]), generator=generator)
         rows = torch.randperm(bounds[-1], generator=generator)
         weights = torch.rand(bounds[-1], generator=generator)
@@ -109,9 +108,11 @@ def whole_table(table, world):
 SIZES = {1: [60], 2: [35, 25], 4: [20, 0, 33, 7]}
 
 
-def check(loss, optimizer, sharding, num_ranks, normalize=True, **tolerance):
-    expected = train(LOSSES[loss], "local", optimizer, "auto", [60], normalize)
-    results = run_ranks(num_ranks, train, LOSSES[loss], "sharded", optimizer, sharding, SIZES[num_ranks], normalize)
+def check(loss, optimizer, sharding, num_ranks, normalize=True, steps=3):
+    expected = train(LOSSES[loss], "local", optimizer, "auto", [60], normalize, steps)
+    results = run_ranks(
+        num_ranks, train, LOSSES[loss], "sharded", optimizer, sharding, SIZES[num_ranks], normalize, steps
+    )
     for losses, table, linear in results:
         for ours, theirs in zip(losses, expected[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
@@ -123,3 +124,20 @@ def check(loss, optimizer, sharding, num_ranks, normalize=True, **tolerance):
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_losses_and_gradients_of_one_rank(loss, num_ranks):
     check(loss, "sgd", "row_wise", num_ranks)
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "column_wise", "auto"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad", "adam", "rowwise_adam"])
+def test_optimizers_under_every_sharding(optimizer, sharding):
+    if optimizer.startswith("rowwise") and sharding == "column_wise":
+        pytest.skip("keeps a number for each part of a row")
+    check("sampled", optimizer, sharding, 2)
+
+
+def test_ten_steps_of_rowwise_adagrad_on_four_ranks():
+    check("bank", "rowwise_adagrad", "row_wise", 4, steps=10)
+
+
+@pytest.mark.parametrize("loss", ["sampled", "full"])
+def test_without_normalisation(loss):
+    check(loss, "sgd", "row_wise", 2, normalize=False)
