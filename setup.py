@@ -22,6 +22,8 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16", "setuptools"],
     "loggers": ["tensorboard>=2.16", "setuptools", "wandb>=0.17", "mlflow>=2.14"],
     "plot": ["matplotlib>=3.8"],
+    "export": ["polars>=1.30,<3", "safetensors>=0.4.3"],
+    "faiss": ["faiss-cpu>=1.8"],
     "baselines": ["scikit-learn>=1.5", "scipy>=1.11"],
     "dev": [
         "pytest>=8",
@@ -33,7 +35,9 @@ EXTRAS = {
         "scikit-learn>=1.5",
     ],
 }
-EXTRAS["all"] = sorted({need for name in ("prepare", "tensorboard", "plot", "baselines") for need in EXTRAS[name]})
+EXTRAS["all"] = sorted(
+    {need for name in ("prepare", "tensorboard", "plot", "baselines", "export") for need in EXTRAS[name]}
+)
 
 PACKAGES = [p for name in ("hstu", "kernels", "benchmarks") for p in (name, f"{name}.*")]
 
@@ -62,6 +66,7 @@ setup(
             "hstu-prepare = hstu.prepare:main",
             "hstu-evaluate = hstu.evaluate:main",
             "hstu-recommend = hstu.recommend:main",
+            "hstu-export = hstu.export:main",
             "hstu-doctor = hstu.doctor:main",
             "hstu-bench = benchmarks.bench:main",
             "hstu-plan = hstu.plan:main",

@@ -175,19 +175,9 @@ class Recommender:
         self._user_order = np.argsort(store.user_raw_ids, kind="stable")
         self._item_order = np.argsort(store.item_raw_ids, kind="stable")
         self._by_title: dict[str, list[int]] | None = None
-        self._rare = self._rare_item()
+        self._rare = rare_item(store)
 
     # Ids
-
-    def _rare_item(self) -> int | None:
-        """Item id of the rare-item bucket, which stands for no single item and is never recommended."""
-        from hstu.data.store import RARE_ITEM
-
-        if self.store.num_items == 0:
-            return None
-        last = self.store.item_raw_ids[-1]
-        is_rare = str(last) == RARE_ITEM or (not isinstance(last, str) and int(last) == -1)
-        return self.store.num_items if is_rare else None
 
     def user_row(self, user: int | str) -> int:
         """Row of raw user id ``user``; UserError, with ids that exist, where there is none."""
@@ -315,10 +305,46 @@ class Recommender:
 
         Raises UserError for an unknown user, a user without events, or a history of unknown items only.
         """
-        if (user is None) == (history is None):
-            raise UserError("recommend: expected either user or history")
         if k < 1:
             raise UserError(f"k={k}: expected >= 1")
+        chosen = self._filter(filter_history)
+        query, items, times, skipped = self._ask(user, history, history_times, request_time)
+        scores, ids = self._topk(query, items, np.array([0, len(items)], dtype=np.int64), k, chosen)
+        found = [
+            Item(rank, self._raw(int(i)), self._title(int(i)), float(s))
+            for rank, (i, s) in enumerate(zip(ids[0], scores[0], strict=True), 1)
+            if i > 0
+        ]
+        past = [Event(self._raw(int(i)), self._title(int(i)), int(t)) for i, t in zip(items, times, strict=True)]
+        return Recommendations(found, past, user, skipped, show_last)
+
+    def query(
+        self,
+        user: int | str | None = None,
+        history: Sequence[int | str] | None = None,
+        history_times: Sequence[int] | None = None,
+        request_time: int | None = None,
+    ) -> np.ndarray:
+        """The vector [1, D] float32 whose dot products with the exported item vectors are the scores.
+
+        Arguments as in :meth:`recommend`. Raises UserError where a score is no dot product of two vectors.
+        """
+        from hstu.export import as_scored, check_vectors
+
+        check_vectors(self.model)
+        query = self._ask(user, history, history_times, request_time)[0]
+        return as_scored(self.model.table, query).cpu().numpy()
+
+    def _ask(
+        self,
+        user: int | str | None,
+        history: Sequence[int | str] | None,
+        history_times: Sequence[int] | None,
+        request_time: int | None,
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, list[int | str]]:
+        """Query [1, ...] of a user or a made-up history, its items and times [L], and the entries that are unknown."""
+        if (user is None) == (history is None):
+            raise UserError("recommend: expected either user or history")
         skipped: list[int | str] = []
         row = -1
         if history is None:
@@ -335,21 +361,13 @@ class Recommender:
         request = int(times[-1]) + REQUEST_GAP_S if request_time is None else int(request_time)
         if request < times[-1]:
             raise UserError(f"request_time={request}: expected no earlier than the last event, {int(times[-1])}")
-        offsets = np.array([0, len(items)], dtype=np.int64)
-        chosen = self._filter(filter_history)
         if self.queries is None:
+            offsets = np.array([0, len(items)], dtype=np.int64)
             query = self._queries(items, times, offsets, np.array([request]), np.array([row]))
         else:
             max_len = self.config.model.max_len
             query = self.queries.query(items[-max_len:], times[-max_len:], request, row)
-        scores, ids = self._topk(query, items, offsets, k, chosen)
-        found = [
-            Item(rank, self._raw(int(i)), self._title(int(i)), float(s))
-            for rank, (i, s) in enumerate(zip(ids[0], scores[0], strict=True), 1)
-            if i > 0
-        ]
-        past = [Event(self._raw(int(i)), self._title(int(i)), int(t)) for i, t in zip(items, times, strict=True)]
-        return Recommendations(found, past, user, skipped, show_last)
+        return query, items, times, skipped
 
     def _history_times(self, history: Sequence[int | str], times: Sequence[int] | None) -> np.ndarray:
         if times is None:
@@ -437,6 +455,17 @@ class Recommender:
             raise UserError(f"users={path}: no column user, found {', '.join(frame.columns)}")
         wanted = frame["user"].drop_nulls().unique(maintain_order=True).to_list()
         return np.array([self.user_row(user) for user in wanted], dtype=np.int64)
+
+
+def rare_item(store: SequenceStore) -> int | None:
+    """Item id of the rare-item bucket, which stands for no single item and is never recommended."""
+    from hstu.data.store import RARE_ITEM
+
+    if store.num_items == 0:
+        return None
+    last = store.item_raw_ids[-1]
+    is_rare = str(last) == RARE_ITEM or (not isinstance(last, str) and int(last) == -1)
+    return store.num_items if is_rare else None
 
 
 def find_raw(raw: np.ndarray, order: np.ndarray, value: int | str) -> int | None:

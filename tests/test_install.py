@@ -121,7 +121,7 @@ def test_pins_lie_in_the_ranges_of_setup(setup_arguments: dict[str, Any]) -> Non
     for extra in setup_arguments["extras_require"].values():
         needs += extra
     pinned = {**pins("cpu"), **pins("cuda")}
-    optional = {"wandb", "mlflow"}
+    optional = {"wandb", "mlflow", "faiss-cpu"}
     for need in map(Requirement, needs):
         name = canonicalize_name(need.name)
         if name in optional:
@@ -138,7 +138,7 @@ def test_the_training_path_asks_for_no_optional_package(setup_arguments: dict[st
 
 def test_console_scripts_name_functions_that_exist(setup_arguments: dict[str, Any]) -> None:
     scripts = setup_arguments["entry_points"]["console_scripts"]
-    assert len(scripts) == 6
+    assert len(scripts) == 8
     for script in scripts:
         module, function = script.split("=")[1].strip().split(":")
         tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
