@@ -11,11 +11,13 @@ from hstu.config_ranking import HeadConfig
 from hstu.config_similarity import MixtureConfig
 from hstu.data.random_rows import rows_of, token_counts
 from hstu.data.ranking_batches import gather, take, target_sequences
+from hstu.distributed import Engine, World
 from hstu.model.retrieval import RetrievalModel
 from kernels._backend import set_backend
 from tests.model.test_encoders import CONFIGS, NUM_ITEMS, TOY, make_batch
 from tests.model.test_ranking import make_model as make_ranking
 from tests.ranking import rich_store
+from tests.ranks import run_ranks
 from tests.shares import assert_same_step, share_of, step, summed_step
 
 LENGTHS = [3, 20, 1, 7, 4]
@@ -108,8 +110,27 @@ def test_on_triton(loss):
     set_backend("triton")
     torch.manual_seed(0)
     model = RetrievalModel(with_dropout(TOY), NUM_ITEMS, LossConfig(name=loss, num_negatives=5, temperature=0.5))
-    batch = make_batch([3, 6, 1])
+    batch = make_batch([2, 3, 1])
     assert_same_step(model, batch, [share_of(batch, users) for users in ([2, 0], [], [1])], rtol=2e-5)
+
+
+def gradients_on_rank(split):
+    world = World.current()
+    model = make_model(with_dropout(CONFIGS["hstu"]), name="in_batch").train()
+    engine = Engine(model, world)
+    loss = engine.loss(share_of(whole_batch(), split[world.rank]), 5, None)
+    (loss * world.size).backward()  # data-parallel ranks average
+    return loss.item(), {n: p.grad.numpy() for n, p in model.named_parameters()}
+
+
+def test_data_parallel_ranks_one_of_them_with_nobody():
+    split = [[1, 0, 4, 2, 3], []]
+    ranks = run_ranks(2, gradients_on_rank, split)
+    loss, gradients = step(make_model(with_dropout(CONFIGS["hstu"]), name="in_batch"), whole_batch())
+    assert sum(loss for loss, _ in ranks) == pytest.approx(float(loss), rel=1e-12) and ranks[1][0] == 0.0
+    for name, expected in gradients.items():
+        for _, found in ranks:
+            torch.testing.assert_close(torch.from_numpy(found[name]), expected, rtol=1e-9, atol=1e-12)
 
 
 # Ranking
