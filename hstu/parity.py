@@ -117,6 +117,7 @@ def _gate_norm_linear(g: torch.Generator, device: torch.device) -> list[Case]:
 
     shapes = [(37, 48), (37, 48), (48, 50), (50,), (37, 50)]
     tensors = [_draw(g, device, *shape) for shape in shapes]
+    rows = torch.arange(36, -1, -1, device=device) * 3
     return [
         Case("no dropout", tensors, 5, gate_norm_linear, gate_norm_linear_reference),
         Case(
@@ -125,6 +126,13 @@ def _gate_norm_linear(g: torch.Generator, device: torch.device) -> list[Case]:
             5,
             partial(gate_norm_linear, dropout=0.2, seed=7),
             partial(gate_norm_linear_reference, dropout=0.2, seed=7),
+        ),
+        Case(
+            "dropout 0.2 by given rows",
+            tensors,
+            5,
+            partial(gate_norm_linear, dropout=0.2, seed=7, rows=rows),
+            partial(gate_norm_linear_reference, dropout=0.2, seed=7, rows=rows),
         ),
     ]
 
@@ -136,7 +144,8 @@ def _sampled_softmax(g: torch.Generator, device: torch.device) -> list[Case]:
 
     queries, table = _draw(g, device, 19, 25), _draw(g, device, NUM_ITEMS + 1, 25)
     labels, negatives, bank = _ids(g, device, 19), _ids(g, device, 19, 11), _ids(g, device, 23)
-    drawn = draw_negatives(19, 11, NUM_ITEMS, SEED, device)
+    rows = torch.arange(18, -1, -1, device=device) * 3
+    drawn, drawn_by_rows = (draw_negatives(19, 11, NUM_ITEMS, SEED, device, r) for r in (None, rows))
     return [
         Case(
             "own negatives",
@@ -151,6 +160,13 @@ def _sampled_softmax(g: torch.Generator, device: torch.device) -> list[Case]:
             2,
             lambda q, e: sampled_softmax(q, e, labels, num_negatives=11, seed=SEED),
             lambda q, e: sampled_softmax_reference(q, e, labels, drawn),
+        ),
+        Case(
+            "drawn negatives by given rows",
+            [queries, table],
+            2,
+            lambda q, e: sampled_softmax(q, e, labels, num_negatives=11, seed=SEED, rows=rows),
+            lambda q, e: sampled_softmax_reference(q, e, labels, drawn_by_rows),
         ),
         Case(
             "shared bank",
