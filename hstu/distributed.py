@@ -166,8 +166,13 @@ class Engine:
             ddp = nn.parallel.DistributedDataParallel
             newer = "forward_sync_buffers" in signature(ddp.__init__).parameters
             options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            for parameter in model.parameters():
+                if parameter.numel() == 0:  # of features that the config has none of; no gradient ever comes for it
+                    parameter.requires_grad_(False)
             if world.device.type == "cuda":
                 options["device_ids"] = [world.device]
+            sharded = [f"model.{name}" for name in getattr(model, "sharded_names", [])]
+            ddp._set_params_and_buffers_to_ignore_for_model(self.module, sharded)
             self.module = ddp(self.module, gradient_as_bucket_view=True, **options)
 
     def loss(self, batch: Any, seed: int, plan: Any) -> Tensor:

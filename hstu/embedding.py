@@ -44,12 +44,6 @@ class ItemTable(nn.Module, ABC):
         that is whole on this rank needs no telling.
         """
 
-    def join_ranking(self) -> None:  # noqa: B027
-        """Takes part in one :meth:`lookup` and one :meth:`rank` or :meth:`topk` of other ranks, without a user.
-
-        Every rank must come to them as often as the others; a table that is whole on this rank does not wait.
-        """
-
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of ids [...] int32 or int64, 0..num_items."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -112,6 +113,10 @@ class FeatureTables(nn.Module):
         """[V, D] of each feature."""
         if not self.uses_torchrec:
             return self.collection(features)  # type: ignore[no-any-return]
+        if self.sharded and torch.is_inference_mode_enabled():  # fbgemm's lookups are not there in it
+            with torch.inference_mode(False), torch.no_grad():
+                plain = replace(features, values=features.values.clone(), lengths=features.lengths.clone())
+                return self._lookup(plain)
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         counts = list(features.counts)  # given, so that no kernel has to be waited for

@@ -1,7 +1,8 @@
-"""AdamW, its schedule as a function of the step, the average of weights, and the check for non-finite gradients."""
+"""AdamW and the optimizers of tables, their schedule, the average of weights, the check for non-finite gradients."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hstu.config import OptimConfig
+from hstu.config import Config, OptimConfig
+from hstu.distributed import World
+from hstu.table_optim import Rule, TableOptimizer
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torch.optim.Optimizer]:
+    """AdamW, and what moves the embedding tables where that is not AdamW. Sharded tables get their rows here.
+
+    Raises UserError where the tables do not fit into the memory of the ranks.
+    """
+    if config.embedding.kind == "sharded":
+        from hstu.sharded import shard
+
+        tables: torch.optim.Optimizer = shard(model, config, world)
+    elif config.embedding.optimizer == "adamw":
+        rate = config.embedding.lr or config.optim.table_lr
+        return [make_optimizer(model, dataclasses.replace(config.optim, table_lr=rate))]
+    else:
+        rule, rate = table_rule(config), table_rate(config)
+        parameters = [p for module in model.tables() for p in module.parameters()]  # type: ignore[operator]
+        tables = TableOptimizer(parameters, rule, rate, rate / config.optim.lr)
+    return [make_optimizer(model, config.optim, apart=True), tables]
+
+
+def table_rate(config: Config) -> float:
+    """Learning rate of the tables after the warm-up."""
+    return config.embedding.lr or config.optim.table_lr or config.optim.lr
+
+
+def table_rule(config: Config) -> Rule:
+    """How rows move, where not by AdamW."""
+    optim = config.optim
+    decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay
+    return Rule(config.embedding.optimizer, optim.eps, (optim.betas[0], optim.betas[1]), decay)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig, apart: bool = False) -> torch.optim.AdamW:
     """AdamW over all parameters; weight decay on those of rank 2 and more, as usual. Fused where torch offers it.
 
     Embedding tables (what the model's ``tables()`` holds) have a decay and a rate of their own where the config gives
-    them; each group's ``lr_factor`` is its rate as a multiple of ``config.lr``.
+    them; each group's ``lr_factor`` is its rate as a multiple of ``config.lr``. apart: they are left out.
     """
     tables = {id(p) for module in getattr(model, "tables", list)() for p in module.parameters()}
     rest = [p for p in model.parameters() if id(p) not in tables]
@@ -25,7 +59,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     decay = config.weight_decay
     table_decay = decay if config.table_weight_decay is None else config.table_weight_decay
     factor = 1.0 if config.table_lr is None else config.table_lr / config.lr
-    if table_decay == decay and factor == 1.0:
+    if apart:
+        embeddings = []
+    elif table_decay == decay and factor == 1.0:
         rest, embeddings = list(model.parameters()), []
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay, "lr_factor": 1.0},

@@ -253,8 +253,9 @@ def build_model(
     """The model of ``config`` with initial weights by its seed."""
     seed_everything(derive(config.seed, INIT_SEED))
     if config.ranking is None:
-        return RetrievalModel(config.model, store.num_items, config.loss)
-    return RankingModel(config.model, config.ranking, data or RankingData(store, config.ranking), priors)
+        return RetrievalModel(config.model, store.num_items, config.loss, config.embedding)
+    data = data or RankingData(store, config.ranking)
+    return RankingModel(config.model, config.ranking, data, priors, config.embedding)
 
 
 def make_problem(config: Config, store: SequenceStore, world: World, folder: Path) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from torch import nn
 from hstu import checkpoint, report
 from hstu.checkpoint_state import restore_model
 from hstu.config import Config, from_dict, to_dict
+from hstu.config_embedding import EmbeddingConfig
 from hstu.data.store import SequenceStore
 from hstu.distributed import World
 from hstu.errors import UserError
@@ -195,6 +197,7 @@ def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceS
     saved = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
     if saved is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
-    model: nn.Module = build_model(config, store)
+    whole = dataclasses.replace(config, embedding=EmbeddingConfig())  # sharded or not, one process has all of a table
+    model: nn.Module = build_model(whole, store)
     restore_model(saved, model)
     return config, store, model.eval()

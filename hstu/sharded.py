@@ -1,8 +1,8 @@
 """Tables of ids spread over ranks by torchrec: the item table, and how a model's tables are sharded.
 
-    model = RetrievalModel(...)            # its tables are empty, on torch's meta device
-    shards = shard(model, config, world)   # now each rank has its part, with the initial values of a local table
-    shards.optimizer                       # moves them in the backward, at the rate that it was given before
+    model = RetrievalModel(...)              # its tables are empty, on torch's meta device
+    tables = shard(model, config, world)     # now each rank has its part, with initial values
+    set_learning_rate(tables, rate); tables.zero_grad(); loss.backward()   # and the rows have moved
 
 One lookup a step fetches all rows that the step needs, so that the optimizer sees one gradient a row.
 
@@ -25,6 +25,7 @@ from hstu.distributed import World
 from hstu.embedding import INIT_STD, NORM_EPS, ItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables, has_torchrec, make_collection
+from hstu.optim import table_rate, table_rule
 from hstu.sharded_init import InitialValues
 from hstu.sharded_kernel import TorchKernel
 from hstu.sharded_losses import Scored, exact_loss, scored_by
@@ -134,13 +135,6 @@ class ShardedItemTable(ItemTable):
         chunk_mib: float = 64,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return sharded_topk(self._scoring(chunk_mib), queries, k, seen_ids, seen_offsets)
-
-    def join_ranking(self, chunk_mib: float = 64, filtered: bool = True) -> None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.world.device)
-        with torch.no_grad():
-            queries = self.lookup(nothing)
-            seen = (nothing, nothing.new_zeros(1)) if filtered else (None, None)
-            self.rank(queries, nothing, seen[0], seen[1], chunk_mib)
 
     def _scoring(self, chunk_mib: float) -> Scoring:
         def fetch(ids: Tensor) -> Tensor:
@@ -263,21 +257,20 @@ def _local_name(name: str) -> str:
 def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
     """Gives each rank its part of the model's tables, with initial values; returns what moves them.
 
-    The model's other parameters stay as they are. Every rank calls it. ``sharded_names`` of the model afterwards names
-    the parameters that data parallelism has to leave alone.
+    The model's other parameters stay as they are. Every rank calls it. The model's ``sharded_names`` afterwards are the
+    names of the parameters that data parallelism has to leave alone.
 
     Raises UserError where the tables do not fit, before anything is allocated.
     """
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingEnv
 
-    embedding, optim = config.embedding, config.optim
+    embedding = config.embedding
     tables = table_shapes(model, config, world)
     ensure_process_group()
-    rate = embedding.lr or optim.table_lr or optim.lr
-    decay = optim.weight_decay if optim.table_weight_decay is None else optim.table_weight_decay
+    rate, rule = table_rate(config), table_rule(config)
     with quiet():
-        params = fused_params(embedding, world.device, rate, optim.betas, optim.eps, decay)
+        params = fused_params(embedding, world.device, rate, rule)
         sharder = make_sharder(embedding, world.device, params)
         plan = make_plan(model, embedding, world, sharder, tables)
         dmp = DistributedModelParallel(
@@ -292,9 +285,10 @@ def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
                 _clear_padding(owner.collection)
             else:
                 _fill(owner.collection, owner.initial)
-        rule = Rule(embedding.optimizer, optim.eps, (optim.betas[0], optim.betas[1]), decay)
         collections = {f"{path}.collection": owner.collection for path, owner in owners.items()}
-        return FusedTables(dmp, collections, rule, rate, rate / optim.lr)
+        inside = tuple(f"{path}." for path in owners)
+        model.sharded_names = [name for name, _ in model.named_parameters() if name.startswith(inside)]  # type: ignore[assignment]
+        return FusedTables(dmp, collections, rule, rate, rate / config.optim.lr)
 
 
 def ensure_process_group() -> None:
@@ -308,12 +302,6 @@ def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if isinstance(module, ShardedItemTable) or (isinstance(module, FeatureTables) and module.sharded):
             yield path, module
-
-
-def sharded_names(model: nn.Module) -> list[str]:
-    """Names of the parameters of ``model`` that are parts of sharded tables."""
-    owners = [f"{path}." for path, _ in sharded_modules(model)]
-    return [name for name, _ in model.named_parameters() if name.startswith(tuple(owners))]
 
 
 def table_shapes(model: nn.Module, config: Config, world: World) -> list[TableShape]:

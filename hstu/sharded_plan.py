@@ -20,6 +20,7 @@ from torch import nn
 from hstu.config_embedding import SHARDINGS, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
+from hstu.table_optim import Rule
 
 GIB = 2**30
 RESERVED = 0.15
@@ -128,18 +129,17 @@ def sharding_of(config: EmbeddingConfig, table: str) -> str:
     return config.tables.get(table, config.sharding)
 
 
-def fused_params(config: EmbeddingConfig, device: torch.device, lr: float, betas: list[float], eps: float,
-                 weight_decay: float) -> dict[str, Any]:  # fmt: skip
+def fused_params(config: EmbeddingConfig, device: torch.device, lr: float, rule: Rule) -> dict[str, Any]:
     """What fbgemm's kernel is told about the optimizer."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 
     fused = device.type == "cuda" or config.optimizer in FUSED_ON_CPU
     name = EMB_OPTIMIZERS[config.optimizer] if fused else "EXACT_SGD"
     params: dict[str, Any] = {
-        "optimizer": getattr(EmbOptimType, name), "learning_rate": lr, "eps": eps, "output_dtype": SparseType.FP32,
+        "optimizer": getattr(EmbOptimType, name), "learning_rate": lr, "eps": rule.eps, "output_dtype": SparseType.FP32,
     }  # fmt: skip
     if config.optimizer in ("adam", "rowwise_adam"):
-        params |= {"beta1": betas[0], "beta2": betas[1], "weight_decay": weight_decay}
+        params |= {"beta1": rule.betas[0], "beta2": rule.betas[1], "weight_decay": rule.weight_decay}
     return params
 
 

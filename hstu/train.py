@@ -37,7 +37,7 @@ from hstu.distributed import Engine, World
 from hstu.errors import Interrupted, UserError
 from hstu.evaluate import run_device
 from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
-from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizer, set_learning_rate
+from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizers, set_learning_rate
 from hstu.problem import make_problem
 from hstu.progress import Display
 from hstu.runs import agree_on_run, describe, load_run, lock_folder, open_store, run_folder
@@ -117,8 +117,9 @@ class Trainer:
         if config.run.select_metric not in names:
             raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
         self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
+        parameters = self.model.num_parameters()
+        self.optimizers = make_optimizers(self.model, config, world)
         self.engine = Engine(self.model, world)
-        self.optimizer = make_optimizer(self.model, config.optim)
         decay = config.optim.average_decay
         self.average = None if decay is None else WeightAverage(self.model, decay)
         run = config.run
@@ -131,7 +132,6 @@ class Trainer:
         """Signal that some rank got, known to all."""
         self._save_due = False
         self._last_save = time.monotonic()
-        parameters = self.model.num_parameters()
         world.on_first(lambda: self._open_folder(parameters))
         self.saver = checkpoint.Saver(self.checkpoints, run.keep_last, world, run.save_in_background)
         self._restore()
@@ -171,7 +171,7 @@ class Trainer:
     def _state(self) -> checkpoint.State:
         self.progress.metrics_size = self.metrics_file.size()
         progress = dataclasses.asdict(self.progress)
-        return run_state(self.model, [self.optimizer], self.average, progress, self.world)
+        return run_state(self.model, self.optimizers, self.average, progress, self.world)
 
     def _save(self) -> None:
         self._check_parameters()
@@ -184,7 +184,7 @@ class Trainer:
         saved = checkpoint.load_last(self.checkpoints, self.world, set_aside=True)
         if saved is None:
             return
-        self.progress = Progress(**restore_run(saved, self.model, [self.optimizer], self.average, self.world))
+        self.progress = Progress(**restore_run(saved, self.model, self.optimizers, self.average, self.world))
         stopped = self.progress.finished and not self._stopped_early()
         if stopped and self.progress.epoch < self.config.run.epochs:
             self.progress.finished = False  # run.epochs was raised
@@ -243,7 +243,9 @@ class Trainer:
         """One optimizer step; returns the loss, the mean over all positions of the step on all ranks."""
         seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
         self.world.at(self.progress.global_step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer, self._rate())  # sharded tables move in the backward
+            optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for index, (share, plan) in enumerate(step_input.parts):
             self.problem.observe(share.batch, plan)
@@ -259,8 +261,8 @@ class Trainer:
             self._stop_non_finite(step_input, seed, total)
         if self.config.optim.clip_norm is not None:
             clip_gradients(self.model, norm, self.config.optim.clip_norm)
-        set_learning_rate(self.optimizer, self._rate())
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.average is not None:
             self.average.update()
         return total

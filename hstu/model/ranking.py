@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import ModelConfig
+from hstu.config_embedding import EmbeddingConfig
 from hstu.config_ranking import RankingConfig
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import Features, RankingBatch
 from hstu.distributed import World
-from hstu.embedding import INIT_STD, LocalItemTable
+from hstu.embedding import INIT_STD
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables
 from hstu.model.encoder import Layout, make_encoder
 from hstu.model.heads import RankingHeads
+from hstu.model.retrieval import make_table
 from hstu.model.shares import reached
 from hstu.seeding import derive
 from kernels.attention import AttentionPlan
@@ -55,13 +57,14 @@ class RankingModel(nn.Module):
         ranking: tasks, actions, features, heads.
         data: the store's sizes (items, codes, action bits).
         priors: see :class:`RankingHeads`.
+        embedding: where the tables lie; None: on this rank. Those that are sharded are empty until ``shard``.
 
     Raises UserError for ``form=fused`` with an encoder that knows no targets.
     """
 
     def __init__(
         self, config: ModelConfig, ranking: RankingConfig, data: RankingData,
-        priors: dict[str, list[float]] | None = None,
+        priors: dict[str, list[float]] | None = None, embedding: EmbeddingConfig | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.ranking, self.num_prefix = config, ranking, data.num_prefix
@@ -71,9 +74,11 @@ class RankingModel(nn.Module):
                 f"ranking.form=fused with model.name={config.name}: only hstu knows targets; use interleaved"
             )
         dim = config.dim
-        self.table = LocalItemTable(data.store.num_items, dim, l2_normalize=False)
-        self.item_tables = FeatureTables(data.token_feature_sizes, dim)
-        self.user_tables = FeatureTables(data.user_feature_sizes, dim)
+        embedding = embedding or EmbeddingConfig()
+        sharded, dtype = embedding.kind == "sharded", embedding.dtype
+        self.table = make_table(dataclasses.replace(config, l2_normalize=False), data.store.num_items, embedding)
+        self.item_tables = FeatureTables(data.token_feature_sizes, dim, sharded=sharded, dtype=dtype)
+        self.user_tables = FeatureTables(data.user_feature_sizes, dim, sharded=sharded, dtype=dtype)
         self.item_numbers = NumberTokens(len(data.token_number_names), dim)
         self.user_numbers = NumberTokens(len(data.user_number_names), dim)
         self.actions = nn.Parameter(torch.randn(data.num_action_bits, dim) * INIT_STD)

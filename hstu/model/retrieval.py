@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hstu.config import LossConfig, ModelConfig
+from hstu.config_embedding import EmbeddingConfig
 from hstu.data.batches import Batch
 from hstu.distributed import World
 from hstu.embedding import NORM_EPS, ItemTable, LocalItemTable
@@ -29,12 +30,17 @@ class RetrievalModel(nn.Module):
         config: the encoder's config.
         num_items: vocabulary size; ids are 1..num_items.
         loss: the loss's config; None where only inference is wanted.
+        embedding: where the item table lies; None: on this rank. One that is sharded is empty until
+            :func:`hstu.sharded.shard`.
     """
 
-    def __init__(self, config: ModelConfig, num_items: int, loss: LossConfig | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, num_items: int, loss: LossConfig | None = None,
+        embedding: EmbeddingConfig | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
-        self.table = make_table(config, num_items)
+        self.table = make_table(config, num_items, embedding)
         self.encoder = make_encoder(config)
         self.loss_config = loss
         self.loss_fn = make_loss(loss) if loss is not None else None
@@ -87,8 +93,12 @@ class RetrievalModel(nn.Module):
         }
 
 
-def make_table(config: ModelConfig, num_items: int) -> ItemTable:
-    """The item table that ``config.similarity`` picks."""
+def make_table(config: ModelConfig, num_items: int, embedding: EmbeddingConfig | None = None) -> ItemTable:
+    """The item table that ``config.similarity`` and ``embedding`` pick."""
+    if embedding is not None and embedding.kind == "sharded":
+        from hstu.sharded import ShardedItemTable
+
+        return ShardedItemTable(num_items, config.dim, l2_normalize=config.l2_normalize, dtype=embedding.dtype)
     if config.similarity == "mixture_of_logits":
         return MixtureTable(num_items, config.dim, config.mixture)
     return LocalItemTable(num_items, config.dim, l2_normalize=config.l2_normalize)

@@ -1,0 +1,67 @@
+"""Training with sharded tables from end to end: the run of local tables, on any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.config import Config, LossConfig, OptimConfig
+from hstu.config_embedding import EmbeddingConfig
+from hstu.runs import open_store
+from tests.ranks import run_ranks
+from tests.test_ranking_train import make_config as make_ranking_config
+from tests.test_ranking_train import planted_store
+from tests.test_train import logged, make_config
+from tests.test_train_ranks import narrow, run_steps
+
+pytest.importorskip("torchrec")
+
+STEPS = 10
+LOCAL = EmbeddingConfig(optimizer="rowwise_adagrad", lr=0.05)
+CASES: dict[str, dict[str, Any]] = {
+    "sampled": {},
+    "full-sgd": {"loss": LossConfig(name="full_softmax"), "embedding": dataclasses.replace(LOCAL, optimizer="sgd")},
+    "in-batch-adam": {"loss": LossConfig(name="in_batch"), "embedding": dataclasses.replace(LOCAL, optimizer="adam")},
+}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("stores")
+    return {"retrieval": open_store(make_config(root)).path, "ranking": planted_store(root / "planted").path}
+
+
+def configure(tmp_path: Path, name: str, kind: str, **changes: Any) -> Config:
+    if kind == "ranking":
+        return narrow(tmp_path / name, make_ranking_config(tmp_path, **changes))
+    return narrow(tmp_path / name, make_config(tmp_path, run_save_every_epochs=None, run_epochs=2, **changes))
+
+
+def losses(config: Config) -> list[float]:
+    return [line["loss"] for line in logged(Path(str(config.run.dir))) if "loss" in line]
+
+
+def sharded(embedding: EmbeddingConfig, sharding: str) -> EmbeddingConfig:
+    return dataclasses.replace(embedding, kind="sharded", sharding=sharding)
+
+
+def compare(tmp_path: Path, store: Path, kind: str, runs: list[tuple[int, str]], **changes: Any) -> None:
+    changes = {"optim": OptimConfig(lr=3e-3), "embedding": LOCAL} | changes
+    local = configure(tmp_path, "local", kind, **changes)
+    assert run_ranks(1, run_steps, local, store, STEPS) == ["Stop: "]
+    expected = losses(local)
+    assert len(expected) == STEPS and expected[-1] < expected[0]
+    for number, sharding in runs:
+        embedding = sharded(changes["embedding"], sharding)
+        config = configure(tmp_path, f"{sharding}-{number}", kind, **(changes | {"embedding": embedding}))
+        assert run_ranks(number, run_steps, config, store, STEPS) == ["Stop: "] * number
+        assert losses(config) == pytest.approx(expected, rel=2e-5), (number, sharding)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_same_loss_curve_as_local_tables(case, stores, tmp_path):
+    runs = [(1, "row_wise"), (2, "row_wise"), (4, "table_wise")]
+    compare(tmp_path, stores["retrieval"], "retrieval", runs, **CASES[case])
