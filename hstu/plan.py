@@ -19,12 +19,13 @@ from typing import Any, cast
 
 from hstu.cli import command, run_hydra
 from hstu.errors import UserError
+from hstu.feature_tables import has_torchrec
 from hstu.plan_config import PlanConfig, from_options
 from hstu.plan_cost import Transfer, loss_transfers, row_transfers
 from hstu.plan_memory import GIB, Workload, check_model, is_replicated, plan_memory
 from hstu.plan_screen import show
 from hstu.plan_search import Plan, mends, smallest_cluster
-from hstu.plan_torchrec import Sharding, has_torchrec, plan_sharding
+from hstu.plan_torchrec import Sharding, plan_sharding
 
 NOT_VALIDATED = (
     "times: not validated on a GPU; memory: counted on the CPU within 10 %, the allocator's part of it (reserve) is not"

@@ -18,7 +18,6 @@ from hstu.plan_memory import (
     DRAW_BYTES,
     FLOAT,
     INT64,
-    STATE_FLOATS,
     Workload,
     bank_items,
     dense_parameters,
@@ -26,6 +25,7 @@ from hstu.plan_memory import (
     is_replicated,
     layer_bytes,
     num_shards,
+    optimizer_bytes,
     rectangle_width,
     scored_rows,
 )
@@ -117,7 +117,8 @@ def loss_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
     """Queries of all GPUs go to every GPU, which scores its own rows; what the sharded losses do."""
     network, row = Network(config), FLOAT * config.model.dim
     everyone = work.tokens * config.cluster.gpus
-    known = 2 if config.loss.name == "sampled_softmax" else 1  # the label, and the row that numbers a draw
+    # Beside the label the row that numbers a draw; for in_batch the label once more, to count it.
+    known = 2 if config.loss.name in ("sampled_softmax", "in_batch") else 1
     parts = [
         network.all_gather("labels", everyone * INT64 * known, 2),
         network.all_gather("queries", everyone * row),
@@ -238,8 +239,7 @@ def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
     busy = gpus / shards  # lookups of a GPU that has rows, against an even share
     rows = (work.tokens + scored_rows(config, work)) * busy
     touched = distinct(work.tokens * gpus, items) / shards + scored_rows(config, work) * busy
-    each, per_row = STATE_FLOATS[table.optimizer]
-    state = FLOAT * (each * dim + per_row)
+    state = optimizer_bytes(table.optimizer, 1, dim)
     moved = rows * dim * (stored + FLOAT) + rows * dim * FLOAT + touched * 2 * (dim * stored + state)
     if table.placement == "hbm":
         return [_part(config, "embedding", 0.0, moved, 1.0)]

@@ -23,23 +23,19 @@ from hstu.config import build
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
 from hstu.errors import UserError
 from hstu.plan_config import DTYPE_BYTES, PlanConfig
+from hstu.sharded_plan import _column_part as column_part
+from hstu.sharded_plan import state_bytes
 
 GIB = 2.0**30
 FLOAT, INT64, INT32 = 4, 8, 4
 """Bytes."""
 BATCH_COLUMNS = 5
 """int64 numbers of a token in a batch: item, label, time, request time, row."""
-STATE_FLOATS = {"sgd": (0, 0), "adagrad": (1, 0), "rowwise_adagrad": (0, 1), "adam": (2, 0), "rowwise_adam": (1, 1),
-                "adamw": (2, 0)}  # fmt: skip
-"""float32 numbers that an optimizer keeps for each number of a row, and for each row (fbgemm keeps float32 for narrow
-rows too)."""
 CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
 """fbgemm's cache of rows in host memory: its map for each row, its state for each slot (torchrec's planner counts the
 same)."""
 DRAW_BYTES = INT32 + 2 + INT64
 """Of one negative while its owner is found: the id, two masks, a running count."""
-MIN_COLUMNS = 128
-"""Narrowest column shard that torchrec's planner makes unless told otherwise."""
 PAIR_BLOCK = 64
 """The torch path lays out time buckets for whole blocks of so many query rows (kernels/attention/layout.py)."""
 
@@ -213,30 +209,30 @@ def is_replicated(config: PlanConfig) -> bool:
 
 def num_shards(config: PlanConfig) -> int:
     """GPUs over which the table lies."""
-    table, gpus = config.embedding, config.cluster.gpus
-    if is_replicated(config) or table.sharding == "table_wise":
+    sharding, gpus = config.embedding.sharding, config.cluster.gpus
+    if is_replicated(config) or sharding == "table_wise":
         return 1
-    if table.sharding == "column_wise":
-        return min(gpus, max(1, config.model.dim // MIN_COLUMNS))
-    return gpus
+    return config.model.dim // column_part(config.model.dim, gpus) if sharding == "column_wise" else gpus
 
 
 def shard_shape(config: PlanConfig) -> tuple[int, int]:
     """Rows and columns of the largest shard; the padding row counts."""
-    rows, dim, shards = config.embedding.rows + 1, config.model.dim, num_shards(config)
+    rows, shards = config.embedding.rows + 1, num_shards(config)
     if config.embedding.sharding == "column_wise":
-        return rows, math.ceil(dim / shards)
-    return math.ceil(rows / shards), dim
+        return rows, config.model.dim // shards
+    return math.ceil(rows / shards), config.model.dim
 
 
 def table_bytes(config: PlanConfig) -> tuple[float, float]:
     """Rows of the largest shard, and their optimizer's state."""
     rows, columns = shard_shape(config)
-    each, per_row = STATE_FLOATS[config.embedding.optimizer]
-    return (
-        float(rows) * columns * DTYPE_BYTES[config.embedding.dtype],
-        float(rows) * FLOAT * (each * columns + per_row),
-    )
+    size = float(rows) * columns * DTYPE_BYTES[config.embedding.dtype]
+    return size, float(optimizer_bytes(config.embedding.optimizer, rows, columns))
+
+
+def optimizer_bytes(optimizer: str, rows: int, columns: int) -> int:
+    """Of the state of so many rows; float32 for narrow rows too. adamw keeps what adam does."""
+    return state_bytes("adam" if optimizer == "adamw" else optimizer, rows, columns)
 
 
 def distinct(draws: float, items: float) -> float:
@@ -332,18 +328,18 @@ def _triton_loss(config: PlanConfig, work: Workload) -> LossMemory:
 
 def _sharded_loss(config: PlanConfig, work: Workload) -> LossMemory:
     """Positions of all GPUs against the rows of this one (``hstu/sharded_losses.py``); all float32."""
-    gpus, row = config.cluster.gpus, FLOAT * config.model.dim
+    gpus, row, l2 = config.cluster.gpus, FLOAT * config.model.dim, config.model.l2_normalize
     everyone, scored, count = work.tokens * gpus, scored_rows(config, work), config.loss.num_negatives
-    # Queries before and after normalisation, everyone's, everyone's label rows; fetched rows, the table made of them.
-    kept = work.tokens * row + 2 * everyone * row + 2 * scored * row
-    if gpus == 1:
-        kept = kept if config.model.l2_normalize else kept - work.tokens * row
-    kept += everyone * (INT64 + 4 * FLOAT) + scored * INT64
-    workspace = 2 * everyone * row + 2 * scored * row  # their gradients
+    kept = everyone * (2 * row + INT64 + 3 * FLOAT + 1)  # all queries, the rows of their labels, numbers
+    workspace = 2 * everyone * row + 2 * scored * row  # gradients of all that
+    if l2:  # own queries and fetched rows before they are normalised; rows of events lie in the same storage
+        kept += work.tokens * 2 * row + scored * (row + 2 * FLOAT)
     if config.loss.name != "sampled_softmax":
-        return LossMemory(kept + bank_items(config, work) * (row if config.torch_path else INT64), workspace)
+        bank = bank_items(config, work)
+        again = everyone * row + bank * row if config.torch_path else scored * row
+        return LossMemory(kept + again + bank * INT64, workspace)
     width = rectangle_width(everyone, count, gpus)
-    kept += everyone * (width + 1) * (INT32 + FLOAT if config.torch_path else INT64)
+    kept += scored * row + everyone * (width + 1) * (INT32 + FLOAT if config.torch_path else INT64)
     # Every GPU draws the negatives of all positions and picks its own before the forward pass.
     return LossMemory(kept, workspace, everyone * count * DRAW_BYTES)
 

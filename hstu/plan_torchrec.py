@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hstu.feature_tables import has_torchrec
 from hstu.plan_config import PlanConfig
 from hstu.plan_memory import FLOAT, GIB, INT64, Memory, Workload, is_replicated, scored_rows, table_bytes
+from hstu.sharded_plan import _column_part as column_part
+from hstu.sharded_plan import quiet
 
 TABLE = "item_table"
 KERNELS = {"hbm": "fused", "uvm_caching": "fused_uvm_caching", "uvm": "fused_uvm"}
@@ -38,15 +39,6 @@ class Sharding:
     note: str | None = None
 
 
-def has_torchrec() -> bool:
-    """Whether torchrec's planner can be imported."""
-    try:
-        import torchrec.distributed.planner  # noqa: F401
-    except (ImportError, OSError):
-        return False
-    return True
-
-
 def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Sharding | None:
     """Asks torchrec's planner for this table on this cluster; None where there is nothing to shard or no torchrec.
 
@@ -63,8 +55,7 @@ def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Shardin
     if free <= 0:
         return Sharding(False, config.embedding.sharding, note=f"nothing is left for the table: {rest / GIB:.1f} GiB "
                         "are taken by the rest")  # fmt: skip
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
+    with quiet():
         module, planner = _planner(config, free, asked)
         try:
             planner.plan(module, [EmbeddingCollectionSharder()])
@@ -111,6 +102,7 @@ def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch
     constraint = ParameterConstraints(
         sharding_types=wanted, compute_kernels=[KERNELS[table.placement]], pooling_factors=asked,
         output_dtype=DataType.FP32,
+        min_partition=column_part(config.model.dim, cluster.gpus) if table.sharding == "column_wise" else None,
     )  # fmt: skip
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=1, constraints={TABLE: constraint}, debug=False, stats=[],
@@ -127,15 +119,3 @@ def _optimizer(name: str) -> Any:
         "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": optim.RowWiseAdagrad,
         "adam": torch.optim.Adam, "rowwise_adam": torch.optim.Adagrad,
     }[name]  # fmt: skip
-
-
-class _quiet:
-    """Inside, torchrec logs nothing: its planner warns of topologies that are not made by a factory."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("torchrec")
-        self.before = self.logger.level
-        self.logger.setLevel(logging.CRITICAL)
-
-    def __exit__(self, *error: object) -> None:
-        self.logger.setLevel(self.before)

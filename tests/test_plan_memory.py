@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hstu.config import HSTUConfig, LossConfig, SASRecConfig, TransformerConfig
 from hstu.config_model import ModelConfig
 from hstu.data.batches import Batch
+from hstu.distributed import World
 from hstu.model.retrieval import RetrievalModel
 from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
 from hstu.plan_memory import Workload, saved_bytes
@@ -17,8 +18,8 @@ from hstu.plan_memory import Workload, saved_bytes
 ITEMS = 3000
 
 
-def make_batch(lengths: np.ndarray, num_items: int) -> Batch:
-    generator = torch.Generator().manual_seed(1)
+def make_batch(lengths: np.ndarray, num_items: int, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     total = int(lengths.sum())
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(lengths).cumsum(0)])
     times = torch.randint(0, 86_400, (total,), generator=generator).cumsum(0)
@@ -33,7 +34,7 @@ def make_lengths(kind: str, users: int, longest: int) -> np.ndarray:
     return np.maximum(1, (longest * (np.arange(1, users + 1) / users) ** 2).astype(np.int64))
 
 
-def kept_bytes(model: RetrievalModel, batch: Batch, precision: str) -> int:
+def kept_bytes(model: RetrievalModel, batch: Batch, precision: str, world: World | None = None) -> int:
     """Bytes of the distinct storages that the loss keeps for the backward pass, but for the parameters'."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
@@ -47,7 +48,7 @@ def kept_bytes(model: RetrievalModel, batch: Batch, precision: str) -> int:
     plan = model.encoder.plan(batch)
     low = precision == "bfloat16"
     with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=low):
-        model.loss(batch, 1, plan)
+        model.loss(batch, 1, plan, world)
     for column in (batch.item_ids, batch.labels, batch.timestamps, batch.request_times):
         kept[column.untyped_storage().data_ptr()] = (column.untyped_storage().nbytes(), column)
     return sum(size for size, _ in kept.values())
