@@ -63,6 +63,7 @@ setup(
     entry_points={
         "console_scripts": [
             "hstu-train = hstu.train:main",
+            "hstu-stream = hstu.stream_train:main",
             "hstu-prepare = hstu.prepare:main",
             "hstu-evaluate = hstu.evaluate:main",
             "hstu-recommend = hstu.recommend:main",

@@ -38,6 +38,7 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
     from hstu import config
+    from hstu.config_stream import StreamConfig
 
     sections = {
         "data": config.DataConfig,
@@ -52,6 +53,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="prepare_schema", node={"data": config.DataConfig})
     store.store(name="schema", node={"experiment": "synthetic", "seed": 0, "seeds": None, "variants": {}, **sections})
+    store.store(name="stream_schema", node={"stream": StreamConfig})
     store.store(name="mixture_schema", node=config.MixtureConfig)  # first in every conf/model/*.yaml
     # First in every conf/ranking/*.yaml. No member of the group, so that ``ranking=`` stays an option elsewhere.
     store.store(name="ranking_schema", node=config.RankingConfig)

@@ -37,6 +37,7 @@ SECTIONS = {
     "TaskConfig": ("ranking.tasks.NAME.", "ranking.tasks"),
     "ActionConfig": ("ranking.actions.COLUMN.", "ranking.actions"),
     "FeatureConfig": ("ranking.user_features.NAME.", "ranking.user_features, item_features, event_features"),
+    "StreamConfig": ("stream.", "stream (hstu-stream)"),
     "HeadConfig": ("ranking.head.", "ranking.head"),
 }
 """Dataclass -> (prefix of its options on the command line, heading)."""
@@ -130,7 +131,10 @@ def render(root: Path = ROOT) -> str:
     """The whole text of docs/config.md."""
     sources = [
         (root / "hstu" / name).read_text(encoding="utf-8")
-        for name in ("config.py", "config_model.py", "config_similarity.py", "config_embedding.py", "config_ranking.py")
+        for name in (
+            "config.py", "config_model.py", "config_similarity.py", "config_embedding.py", "config_ranking.py",
+            "config_stream.py",
+        )  # fmt: skip
     ]
     classes = {name: found for source in sources for name, found in read_classes(source).items()}
     missing = [name for name in classes if name not in SECTIONS]

@@ -84,6 +84,10 @@ class Display:
         line = f"epoch {epoch:3d}  loss {loss:.4f}  {part} {numbers}{star}{rest}"
         self.console.print(line, highlight=False, soft_wrap=True)
 
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+
     def end_run(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -38,7 +38,7 @@ from hstu.errors import Interrupted, UserError
 from hstu.evaluate import run_device
 from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
 from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizers, set_learning_rate
-from hstu.problem import make_problem
+from hstu.problem import Problem, make_problem
 from hstu.progress import Display
 from hstu.runs import agree_on_run, describe, load_run, lock_folder, open_store, run_folder
 from hstu.seeding import derive
@@ -111,14 +111,14 @@ class Trainer:
             raise UserError("run.precision=bfloat16: expected a CUDA device; use float32 on the CPU")
         self._set_up_torch()
         agree_on_run(world, config, store)
-        self.problem = make_problem(config, store, world, folder)
+        self.problem = self._make_problem()
         self.split, self.data, self.model = self.problem.split, self.problem.data, self.problem.model
         names = self.problem.metric_names
         if config.run.select_metric not in names:
             raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
         self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
         parameters = self.model.num_parameters()
-        self.optimizers = make_optimizers(self.model, config, world)
+        self.optimizers = self._make_optimizers()
         self.engine = Engine(self.model, world)
         decay = config.optim.average_decay
         self.average = None if decay is None else WeightAverage(self.model, decay)
@@ -139,6 +139,12 @@ class Trainer:
         self.loggers: list[Logger] = []
         world.on_first(self._open_logs)
         display.start_run(config, store, self.data, parameters, world, folder, self.progress.global_step)
+
+    def _make_problem(self) -> Problem:
+        return make_problem(self.config, self.store, self.world, self.folder)
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        return make_optimizers(self.model, self.config, self.world)
 
     def _open_folder(self, parameters: dict[str, int]) -> None:
         self._lock = lock_folder(self.folder)

@@ -28,7 +28,7 @@ class Spill:
 
     def append(self, rows: pl.DataFrame) -> None:
         """Takes rows in; they stay in the order of arrival. rows: with a column ``user``."""
-        part = shards_of(user_hashes(rows["user"]), self.num_parts)
+        part = shards_of(id_hashes(rows["user"]), self.num_parts)
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(self.num_parts + 1))
         ordered = rows[order]
@@ -66,7 +66,7 @@ class Spill:
         return sorted(self.folder.glob(f"{part:05d}-*.arrow"))
 
 
-def user_hashes(ids: pl.Series) -> np.ndarray:
+def id_hashes(ids: pl.Series) -> np.ndarray:
     """[n] uint64 hash of raw ids, integers or strings, as of :func:`hstu.data.hashing.hash_ids`."""
     texts = ids.cast(pl.String)
     return hash_texts(texts.str.join("").item().encode(), texts.str.len_bytes().to_numpy())

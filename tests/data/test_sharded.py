@@ -251,7 +251,7 @@ def test_hash_is_the_documented_one() -> None:
     joined = "".join(texts).encode()
     assert hash_texts(joined, np.array([len(t.encode()) for t in texts])).tolist() == expected
     assert hash_ids(np.array(texts)).tolist() == expected
-    assert spill.user_hashes(pl.Series(texts)).tolist() == expected
+    assert spill.id_hashes(pl.Series(texts)).tolist() == expected
     assert hash_ids(np.array([7])).tolist() == hash_ids(np.array(["7"])).tolist() == [13566731111258911605]
 
 

@@ -1,0 +1,209 @@
+"""A log day by day: what each day adds, and the batches that train on it once.
+
+A day trains on every event of it that has an event of the same user before it, each once, with the history that the user
+had by then. A user with more than ``max_len`` events on a day is cut into pieces of so many predicted events.
+
+Legend: U users, P pieces, L events in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hstu.data.batches import Batch, EventColumns, cut_batches
+from hstu.data.random_rows import rows_of
+from hstu.data.share import Ranks, Share
+from hstu.data.splits import Targets
+from hstu.data.store import SequenceStore
+from hstu.errors import UserError
+from hstu.seeding import derive
+
+ORDER_SEED = 104
+"""Purpose number of the seed that shuffles the pieces of a day."""
+SAMPLE_SEED = 105
+"""Purpose number of the seed that draws the events a day is evaluated on."""
+_CHUNK_ROWS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Day:
+    """One day of a log.
+
+    Attributes:
+        label: its date, with the time where days are no days.
+        store: holds its events and each user's history.
+        first, end: [U] int64. A user's event rows of the day are first .. end.
+    """
+
+    label: str
+    store: SequenceStore
+    first: np.ndarray
+    end: np.ndarray
+
+    @property
+    def num_events(self) -> int:
+        return int((self.end - self.first).sum())
+
+    @property
+    def num_users(self) -> int:
+        return int(np.count_nonzero(self.end > self.first))
+
+    def targets(self, limit: int, seed: int) -> Targets:
+        """Each user's first event of the day, where there is one before it; at most ``limit`` of them (0: all), drawn
+        by ``seed``."""
+        users = np.flatnonzero((self.end > self.first) & (self.first > self.store.offsets[:-1]))
+        if 0 < limit < len(users):
+            users = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(users, limit, replace=False))
+        return Targets(users.astype(np.int64), self.first[users].astype(np.int64))
+
+
+class Days(Protocol):
+    """Where days come from. ``store`` is that of the first day, of as many items as all have."""
+
+    store: SequenceStore
+
+    def open(self, index: int) -> Day | None:
+        """The day at place ``index``, waiting for it where days arrive; None after the last."""
+
+
+class StoreDays:
+    """The days of a finished store, those without events left out."""
+
+    def __init__(self, store: SequenceStore, day_s: int) -> None:
+        """day_s: length of a day in s; days begin at multiples of it since 1970."""
+        self.store, self.day_s = store, day_s
+        times = store.timestamps
+        parts = [np.unique(times[s : s + _CHUNK_ROWS] // day_s) for s in range(0, store.num_events, _CHUNK_ROWS)]
+        self.numbers: np.ndarray = np.unique(np.concatenate(parts))
+        self._at: tuple[int, np.ndarray] | None = None  # a time, and each user's first row at or after it
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def open(self, index: int) -> Day | None:
+        if index >= len(self.numbers):
+            return None
+        start = int(self.numbers[index]) * self.day_s
+        first = self._rows_from(start)
+        end = self._rows_from(start + self.day_s)
+        return Day(day_label(start, self.day_s), self.store, first, end)
+
+    def _rows_from(self, time: int) -> np.ndarray:
+        low = np.asarray(self.store.offsets[:-1])
+        if self._at is not None and self._at[0] <= time:
+            low = self._at[1]
+        self._at = time, first_rows_from(self.store, time, low)
+        return self._at[1]
+
+
+def day_label(start: int, day_s: int) -> str:
+    moment = datetime.fromtimestamp(start, UTC)
+    return moment.date().isoformat() if day_s % 86_400 == 0 else moment.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def first_rows_from(store: SequenceStore, time: int, low: np.ndarray) -> np.ndarray:
+    """[U] int64 row of each user's first event at or after ``time`` (s), else the end of the user's events.
+
+    low: [U], a row at or before it. Reads one event of each user, and some more of those who have one in between.
+    """
+    ends, times = np.asarray(store.offsets[1:]), store.timestamps
+    found = low.copy()
+    users = np.flatnonzero(found < ends)
+    users = users[times[found[users]] < time]
+    below, above = found[users] + 1, ends[users]
+    while len(left := np.flatnonzero(below < above)):
+        middle = (below[left] + above[left]) // 2
+        early = times[middle] < time
+        below[left[early]] = middle[early] + 1
+        above[left[~early]] = middle[~early]
+    found[users] = below
+    return found
+
+
+@dataclass(frozen=True)
+class DayPlan:
+    """The pieces of a day, in the order of training.
+
+    users, first_rows, lengths: [P] int64; a piece's input rows are first_rows .. + lengths. predicted: [P] int64, the
+    first event row that it predicts. bounds: [steps+1] int64.
+    """
+
+    day: Day
+    users: np.ndarray
+    first_rows: np.ndarray
+    lengths: np.ndarray
+    predicted: np.ndarray
+    bounds: np.ndarray
+
+
+class DayBatches:
+    """Training data in which an epoch is a day; ``share`` is a function of (seed, day, step)."""
+
+    def __init__(self, days: Days, max_len: int, seed: int, batch_users: int, batch_tokens: int | None,
+                 event_weights: str, device: torch.device) -> None:  # fmt: skip
+        self.days, self.max_len, self.seed = days, max_len, seed
+        self.batch_users, self.batch_tokens = batch_users, batch_tokens
+        self.event_weights, self.device = event_weights, device
+        self.num_skipped = 0
+        self._plan: tuple[int, DayPlan] | None = None
+        self._columns: EventColumns | None = None
+        self.users = range(self.plan(0).day.num_users)
+
+    def plan(self, epoch: int) -> DayPlan:
+        if self._plan is None or self._plan[0] != epoch:
+            day = self.days.open(epoch)
+            if day is None:
+                raise UserError("the stream has no day: expected events in the store, or files in stream.watch")
+            if self._columns is None or self._plan is None or self._plan[1].day.store is not day.store:
+                self._columns = EventColumns(day.store, self.device, self.event_weights)
+            seed = derive(self.seed, ORDER_SEED, epoch)
+            self._plan = epoch, plan_day(day, self.max_len, seed, self.batch_users, self.batch_tokens)
+        return self._plan[1]
+
+    def num_steps(self, epoch: int) -> int:
+        return len(self.plan(epoch).bounds) - 1
+
+    def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
+        return {}
+
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[Batch]:
+        """What one rank trains on in a step; ``num_events`` are the predicted ones."""
+        plan = self.plan(epoch)
+        assert self._columns is not None
+        here = slice(plan.bounds[step], plan.bounds[step + 1])
+        users, first_rows, lengths, predicted = (
+            c[here] for c in (plan.users, plan.first_rows, plan.lengths, plan.predicted)
+        )
+        mine, work = ranks.divide(lengths)
+        batch = self._columns.gather(users[mine], first_rows[mine], lengths[mine])
+        skipped = predicted - 1 - first_rows  # inputs of a piece before the first one that is trained on
+        place = np.arange(batch.num_events) - np.repeat(np.cumsum(lengths[mine]) - lengths[mine], lengths[mine])
+        weights = torch.from_numpy((place >= np.repeat(skipped[mine], lengths[mine])).astype(np.float32))
+        weights = weights.to(batch.item_ids.device)
+        batch = replace(batch, weights=weights if batch.weights is None else weights * batch.weights)
+        if ranks.size > 1:
+            places = torch.from_numpy(rows_of(lengths, mine)).to(batch.item_ids.device)
+            batch = replace(batch, random_rows=places, max_len=int(lengths.max()))
+        return Share(batch, int((lengths - skipped).sum()), work)
+
+
+def plan_day(day: Day, max_len: int, seed: int, batch_users: int, batch_tokens: int | None) -> DayPlan:
+    """Cuts a day into pieces and shuffles them."""
+    offsets = np.asarray(day.store.offsets[:-1])
+    begin = np.maximum(day.first, offsets + 1)  # nothing comes before a user's very first event
+    users = np.flatnonzero(day.end > begin)
+    num_pieces = -(-(day.end[users] - begin[users]) // max_len)
+    owner = np.repeat(users, num_pieces)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    predicted = begin[owner] + place * max_len
+    stop = np.minimum(predicted + max_len, day.end[owner])
+    first_rows = np.maximum(offsets[owner], stop - 1 - max_len)
+    lengths = stop - 1 - first_rows
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(owner))
+    bounds = cut_batches(lengths[order], batch_users, batch_tokens)
+    return DayPlan(day, owner[order], first_rows[order], lengths[order], predicted[order], bounds)

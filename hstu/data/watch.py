@@ -1,0 +1,217 @@
+"""A folder in which the files of a log arrive, and a store that grows with them, day by day.
+
+The date in a file's path says which day it belongs to (``dt=2026-03-01/part-0.parquet``, ``clicks-20260301.csv``). Days
+are given in order. A file is complete when its folder holds ``_SUCCESS``, or when it has not changed for some seconds; a
+day is complete when its files are and either its folder holds ``_SUCCESS`` or a later day has begun.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from hstu.config import DataConfig
+from hstu.data.build import to_numpy
+from hstu.data.days import Day
+from hstu.data.importers import log
+from hstu.data.shuffle_buffer import joined_ranges
+from hstu.data.spill import id_hashes
+from hstu.data.store import SequenceStore, write_store
+from hstu.data.tables import Rejects, read_tables
+from hstu.errors import UserError
+
+SUCCESS = "_SUCCESS"
+DAY_S = 86_400
+_DATE = re.compile(r"(?<!\d)(\d{4})-?(\d\d)-?(\d\d)(?!\d)")
+_POLL_S = 1.0
+
+
+@dataclass
+class StreamSource:
+    """The days of a folder as they become complete; see the head of this file.
+
+    Attributes:
+        settle_s: seconds without a change after which a file is complete.
+        timeout_s: gives up when no new day is complete for so long; a last day whose files are complete is then given.
+        late: files found for a day that had been given; they are left out.
+        now, sleep: the clock, s, and how to wait.
+    """
+
+    folder: Path
+    settle_s: float
+    timeout_s: float
+    late: list[Path] = field(default_factory=list)
+    now: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+    _given: dict[str, set[Path]] = field(default_factory=dict)
+
+    def next_day(self, after: str | None) -> tuple[str, list[Path]] | None:
+        """Date (ISO) and files of the earliest complete day later than ``after``; None after the time-out.
+
+        Raises UserError where the folder is missing or holds a file without a date in its path.
+        """
+        deadline = self.now() + self.timeout_s
+        while True:
+            found = self._scan(after)
+            timed_out = self.now() >= deadline
+            for place, (label, files) in enumerate(sorted(found.items())):
+                begun_later = place + 1 < len(found)
+                if not self._all_complete(files):
+                    break  # days are given in order
+                if begun_later or timed_out or all((f.parent / SUCCESS).exists() for f in files):
+                    self._given[label] = set(files)
+                    return label, files
+            if timed_out:
+                return None
+            self.sleep(min(_POLL_S, max(0.0, deadline - self.now())))
+
+    def _scan(self, after: str | None) -> dict[str, list[Path]]:
+        """Files of each day later than ``after``; notes the late ones."""
+        if not self.folder.is_dir():
+            raise UserError(f"stream.watch={self.folder}: no such folder")
+        found: dict[str, list[Path]] = {}
+        for path in sorted(self.folder.rglob("*")):
+            known = log.FORMATS.get(path.suffix.lower()) is not None
+            if not known or path.name.startswith((".", "_")) or not path.is_file():
+                continue
+            label = self._date(path)
+            if after is None or label > after:
+                found.setdefault(label, []).append(path)
+            elif label in self._given and path not in self._given[label] and path not in self.late:
+                self.late.append(path)
+        return found
+
+    def _date(self, path: Path) -> str:
+        for year, month, day in reversed(_DATE.findall(str(path.relative_to(self.folder)))):
+            try:
+                return date(int(year), int(month), int(day)).isoformat()
+            except ValueError:
+                continue
+        raise UserError(f"{path}: no date in its path below stream.watch, as in dt=2026-03-01/{path.name}")
+
+    def _all_complete(self, files: list[Path]) -> bool:
+        return all(
+            (f.parent / SUCCESS).exists() or self.now() - f.stat().st_mtime >= self.settle_s for f in files
+        )  # fmt: skip
+
+
+class WatchedDays:
+    """Days of a :class:`StreamSource`, each with a store of its events and of each user's last ``max_len + 1`` before.
+
+    Item ids are ``1 + hash % item_rows`` (:func:`hstu.data.hashing.hash_ids`), so that new items need no growing table;
+    items that share an id share everything. The store of a day is built from the one of the day before and lies under
+    ``folder``; the first and the last two are kept. Events whose time lies outside the day of their file are left out
+    and counted (``events_outside`` in the store's ``meta.json``).
+    """
+
+    def __init__(self, source: StreamSource, config: DataConfig, folder: Path, max_len: int, item_rows: int) -> None:
+        self.source, self.config, self.folder = source, config, folder
+        self.max_len, self.item_rows = max_len, item_rows
+        folder.mkdir(parents=True, exist_ok=True)
+        self.labels: list[str] = _read_labels(folder)
+        first = self.open(0)
+        if first is None:
+            raise UserError(f"stream.watch={source.folder}: no complete day within stream.timeout_s={source.timeout_s}")
+        self.store = first.store
+
+    def open(self, index: int) -> Day | None:
+        if index >= len(self.labels):
+            found = self.source.next_day(self.labels[-1] if self.labels else None)
+            if found is None:
+                return None
+            self._build(*found)
+        label = self.labels[index]
+        store = SequenceStore.open(self.folder / label)
+        first = np.load(self.folder / f"{label}.first.npy")
+        return Day(label, store, first, np.asarray(store.offsets[1:]))
+
+    def _build(self, label: str, files: list[Path]) -> None:
+        before = SequenceStore.open(self.folder / self.labels[-1]) if self.labels else None
+        events, rejects = self._read(files)
+        start = int(datetime.fromisoformat(label).replace(tzinfo=UTC).timestamp())
+        inside = (events["time"] >= start) & (events["time"] < start + DAY_S)
+        outside = int((~inside).sum())
+        events = {name: column[inside] for name, column in events.items()}
+        merged = merge_day(before, events, self.max_len + 1)
+        path = self.folder / label
+        shutil.rmtree(path, ignore_errors=True)
+        write_store(
+            path, offsets=merged.offsets, item_ids=merged.item_ids, timestamps=merged.timestamps,
+            user_raw_ids=merged.users, num_items=self.item_rows,
+            meta={"name": self.config.name, "source": "stream", "protocol": self.config.protocol, "day": label,
+                  "events_outside": outside, "rejects": rejects, "files": [str(f) for f in files]},
+        )  # fmt: skip
+        np.save(self.folder / f"{label}.first.npy", merged.first)
+        self.labels.append(label)
+        partial = self.folder / ".days.json.partial"
+        partial.write_text(json.dumps(self.labels), encoding="utf-8")
+        partial.replace(self.folder / "days.json")
+        for old in self.labels[1:-2]:
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+            (self.folder / f"{old}.first.npy").unlink(missing_ok=True)
+
+    def _read(self, files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """Events of the files: ``user`` text, ``item`` id, ``time`` s, ``row``; and the reasons of rejected rows."""
+        work = self.folder / ".work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            shards, layouts, _ = log.plan(self.config, files)
+            rejects = Rejects(work / "rejects.csv", self.config.on_bad_row)
+            table = read_tables(shards, layouts, work, rejects)
+            rows = table.scan().select("user", "item", "time", "row").collect()
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        items = (id_hashes(rows["item"]) % np.uint64(self.item_rows)).astype(np.int32) + 1
+        return {
+            "user": to_numpy(rows["user"].cast(pl.String)), "item": items,
+            "time": rows["time"].to_numpy() // table.per_second, "row": rows["row"].to_numpy(),
+        }, rejects.reasons  # fmt: skip
+
+
+def _read_labels(folder: Path) -> list[str]:
+    path = folder / "days.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Columns of a store, and the first row [U] of each user that is of the new day."""
+
+    users: np.ndarray
+    offsets: np.ndarray
+    item_ids: np.ndarray
+    timestamps: np.ndarray
+    first: np.ndarray
+
+
+def merge_day(before: SequenceStore | None, events: dict[str, np.ndarray], keep: int) -> Merged:
+    """The last ``keep`` events of each user of ``before``, then the user's new ``events`` by time and row."""
+    names, codes = np.unique(events["user"], return_inverse=True)
+    old = np.empty(0, names.dtype) if before is None else np.asarray(before.user_raw_ids)
+    users = np.union1d(old, names)
+    order = np.lexsort((events["row"], events["time"], codes))
+    added = np.zeros(len(users), np.int64)
+    added[np.searchsorted(users, names)] = np.bincount(codes, minlength=len(names))
+    kept = np.zeros(len(users), np.int64)
+    if before is not None:
+        lengths = np.minimum(np.diff(before.offsets), keep)
+        kept[np.searchsorted(users, old)] = lengths
+        rows = joined_ranges(before.offsets[1:] - lengths, lengths)
+    offsets = np.concatenate([[0], np.cumsum(kept + added)]).astype(np.int64)
+    item_ids, timestamps = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.int64)
+    new = joined_ranges(offsets[:-1] + kept, added)
+    item_ids[new], timestamps[new] = events["item"][order], events["time"][order]
+    if before is not None:
+        history = joined_ranges(offsets[:-1], kept)
+        item_ids[history], timestamps[history] = before.item_ids[rows], before.timestamps[rows]
+    return Merged(users, offsets, item_ids, timestamps, offsets[:-1] + kept)

@@ -1,0 +1,329 @@
+"""One pass over a log in time order, and the command ``hstu-stream``.
+
+    hstu-stream experiment=ml-1m/hstu [stream.day_s=86400] [run.dir=FOLDER]
+    hstu-stream data=log stream.watch=FOLDER stream.item_rows=1000000
+
+The model goes from day to day: it is evaluated on a day before it trains on it, so that every number is about events
+that it has not seen. Each event is trained on once. Repeating the command with the same run.dir resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hstu import checkpoint, metrics, report
+from hstu.allocator import keep_freed_memory
+from hstu.checkpoint_state import model_state
+from hstu.cli import command, run_hydra
+from hstu.config import Config, build, from_dict
+from hstu.config_stream import FREE_ON_RESUME, StreamConfig
+from hstu.data.days import SAMPLE_SEED, Day, DayBatches, Days, StoreDays
+from hstu.data.splits import Split, Targets
+from hstu.distributed import World
+from hstu.errors import UserError, check
+from hstu.evaluate import evaluate, run_device, with_history
+from hstu.problem import Problem, build_model
+from hstu.progress import Display
+from hstu.runs import open_store, run_folder
+from hstu.seeding import derive
+from hstu.train import Interrupted, Trainer
+
+if TYPE_CHECKING:
+    from hstu.data.share import Share
+
+MANY_DAYS = 1_000_000
+"""In place of the number of days where they still arrive."""
+
+
+class StreamRetrieval(Problem):
+    """The next item at every event, an epoch being a day."""
+
+    def __init__(self, config: Config, stream: StreamConfig, days: Days, world: World, folder: Path) -> None:
+        super().__init__(config, days.store, world, folder)
+        self.days, self.stream = days, stream
+        nothing = Targets(np.empty(0, np.int64), np.empty(0, np.int64))
+        self.split = Split(np.asarray(days.store.offsets[1:]), None, nothing)
+        self.data = DayBatches(
+            days, config.model.max_len, config.seed, config.run.batch_users, config.run.batch_tokens,
+            config.loss.event_weights, self.device,
+        )  # fmt: skip
+        self.model = build_model(config, days.store).to(self.device)
+        self.metric_names = metrics.metric_names(config.eval.ks)
+        self.shown = ["hr@10", "ndcg@10", "mrr"]
+        self.day: tuple[int, Day] | None = None
+
+    @property
+    def part(self) -> str:
+        return "next day"
+
+    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
+        share = self.data.share(epoch, step, self.ranks)
+        return share, self.model.encoder.plan(share.batch)
+
+    def open(self, index: int) -> Day | None:
+        """The day at place ``index``; from now on :meth:`validate` is about it."""
+        if self.day is None or self.day[0] != index:
+            found = self.days.open(index)
+            if found is None:
+                return None
+            self.day = index, found
+        return self.day[1]
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the model as it is on the day, and ``targets``, how many events they are about; {} where no user
+        of the day has an event before it."""
+        assert self.day is not None
+        index, day = self.day
+        targets = day.targets(self.stream.eval_users, derive(self.config.seed, SAMPLE_SEED, index))
+        kept, _ = with_history(day.store, targets)
+        if len(kept) == 0:
+            return {}
+        result = evaluate(self.model, day.store, kept, self.config, self.device, self.world)
+        return {**metrics.summarize(result.ranks, self.config.eval.ks), "targets": len(result)}
+
+    def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
+        raise RuntimeError("a stream holds nothing out at its end: its numbers are those of the days")
+
+
+class StreamTrainer(Trainer):
+    """A trainer whose epochs are days."""
+
+    def __init__(self, config: Config, stream: StreamConfig, days: Days, folder: Path, display: Display,
+                 world: World) -> None:  # fmt: skip
+        self.stream, self.days = stream, days
+        super().__init__(config, days.store, folder, display, world)
+        if self.progress.epoch < (stream.days or MANY_DAYS):
+            self.progress.finished = False  # stream.days was raised, or further days have come
+
+    def _make_problem(self) -> Problem:
+        return StreamRetrieval(self.config, self.stream, self.days, self.world, self.folder)
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """As in any training, with the tables in groups of their own."""
+        optimizers = super()._make_optimizers()
+        tables = {id(p) for module in self.model.tables() for p in module.parameters()}
+        for place, optimizer in enumerate(optimizers):
+            for group in list(optimizer.param_groups):
+                inside = [p for p in group["params"] if id(p) in tables]
+                group["is_table"] = place > 0 or len(inside) == len(group["params"])
+                if inside and not group["is_table"]:
+                    group["params"] = [p for p in group["params"] if id(p) not in tables]
+                    optimizer.add_param_group({**group, "params": inside, "is_table": True})
+            for group in optimizer.param_groups:
+                group["first_factor"] = group["lr_factor"]
+        return optimizers
+
+    def _decayed(self, decay: float) -> float:
+        return max(self.stream.min_lr_fraction, decay**self.progress.epoch)
+
+    def _rate(self) -> float:
+        return super()._rate() * self._decayed(self.stream.lr_decay)
+
+    def _set_table_rates(self) -> None:
+        factor = self._decayed(self.stream.table_lr_decay) / self._decayed(self.stream.lr_decay)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr_factor"] = group["first_factor"] * (factor if group["is_table"] else 1.0)
+
+    def _epoch(self) -> None:
+        assert isinstance(self.problem, StreamRetrieval)
+        limit = self.stream.days
+        day = None if limit is not None and self.progress.epoch >= limit else self.problem.open(self.progress.epoch)
+        if day is None:
+            self._finish()
+            return
+        self._set_table_rates()
+        if self.progress.step == 0 and self.progress.epoch > 0:  # the first day finds an untrained model
+            self._validate({})
+        super()._epoch()
+
+    def _validate_weights(self, epoch: dict[str, float]) -> None:
+        assert isinstance(self.problem, StreamRetrieval) and self.problem.day is not None
+        values = self.problem.validate()
+        label = self.problem.day[1].label
+        self._log(values, kind="next day", day=label)
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in self.problem.shown if name in values)
+        self.display.say(f"{label}  before training on it: {shown or 'no event that follows another'}")
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        assert isinstance(self.problem, StreamRetrieval) and self.problem.day is not None
+        self._check_parameters()
+        day, loss = self.problem.day[1], progress.loss_sum / max(1, progress.loss_events)
+        found = {"train_loss": loss, "trained": progress.loss_events, "events": day.num_events, "users": day.num_users}
+        self._log({**found, "lr": self._rate()}, kind="day", day=day.label)
+        self.display.say(f"{day.label}  {day.num_events:,} events of {day.num_users:,} users, loss {loss:.4f}")
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum, progress.loss_events, progress.imbalance_sum = 0.0, 0, 0.0
+        self._agree_to_stop()
+        self._save()
+        if self.stopping is not None:
+            raise Interrupted(self.stopping, self.folder)
+
+    def _finish(self) -> None:
+        """After the last day. What is best in a stream is what is latest."""
+        self.progress.finished = True
+        self._save()
+        progress = {"progress": dataclasses.asdict(self.progress)}
+        self.saver.save_best(checkpoint.State(model_state(self.model), progress))
+
+
+def stream_train(config: Config, stream: StreamConfig, display: Display | None = None) -> Path:
+    """Trains day by day to the end of the log, or until no day comes; returns the run folder.
+
+    The folder then holds ``days.json`` (numbers of every day), ``result.json`` and ``days.png``.
+
+    Raises:
+        UserError: a wrong config, data or run folder, a non-finite value, a full disk.
+        Interrupted: a signal came; the run has saved and can be resumed.
+    """
+    keep_freed_memory()
+    _check(config, stream)
+    world = World.current(run_device(config.run.device))
+    folder = run_folder(config)
+    display = display or Display(config.run.progress, world.is_first)
+    days = _make_days(config, stream, folder)
+    number = len(days) if isinstance(days, StoreDays) else MANY_DAYS
+    run = dataclasses.replace(config.run, epochs=min(number, stream.days or number))
+    config = dataclasses.replace(config, run=run)
+    _keep_settings(folder, stream)
+    trainer = StreamTrainer(config, stream, days, folder, display, world)
+    trainer.run()
+    write_result(folder, config, display)
+    return folder
+
+
+def _check(config: Config, stream: StreamConfig) -> None:
+    beside = "with hstu-stream"
+    check(config.ranking is None, "ranking", "a ranking model",
+          f"none {beside}; a ranking model passes once over the log with ranking.mode=progressive")  # fmt: skip
+    check(config.optim.schedule == "constant", "optim.schedule", config.optim.schedule,
+          f"constant {beside}, which knows no last step; use stream.lr_decay")  # fmt: skip
+    alpha = config.run.stochastic_length.alpha
+    check(alpha is None, "run.stochastic_length.alpha", alpha, f"null {beside}")
+    check(config.run.reader == "draw", "run.reader", config.run.reader, f"draw {beside}, which reads days")
+    check(config.run.ranks in (None, 1), "run.ranks", config.run.ranks, f"null {beside}")
+    check(stream.watch is None or config.data.source == "log", "stream.watch", stream.watch, "null, or data=log")
+    check(stream.watch is None or config.loss.event_weights == "none", "loss.event_weights",
+          config.loss.event_weights, "none with stream.watch")  # fmt: skip
+
+
+def _make_days(config: Config, stream: StreamConfig, folder: Path) -> Days:
+    if stream.watch is None:
+        return StoreDays(open_store(config), stream.day_s)
+    from hstu.data.watch import StreamSource, WatchedDays
+
+    source = StreamSource(Path(stream.watch).expanduser(), stream.settle_s, stream.timeout_s)
+    return WatchedDays(source, config.data, folder / "days", config.model.max_len, stream.item_rows)
+
+
+def _keep_settings(folder: Path, stream: StreamConfig) -> None:
+    """Writes ``stream.json``, or raises UserError where the run being resumed had other settings."""
+    path, values = folder / "stream.json", dataclasses.asdict(stream)
+    if path.exists():
+        old = report.read_json(path, "delete the run folder")
+        for name, value in values.items():
+            if name not in FREE_ON_RESUME and old.get(name) != value:
+                raise UserError(
+                    f"{folder} holds a run with stream.{name}={old.get(name)!r}, now {value!r}: take another run.dir"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(path, values)
+
+
+# What is left of a run
+
+
+def read_days(folder: Path) -> list[dict[str, Any]]:
+    """One mapping a day, in order: ``day``, what was measured before it was trained on, and what training gave."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        if values.get("kind") in ("day", "next day"):
+            rest = {k: v for k, v in values.items() if k not in ("kind", "step", "epoch", "day")}
+            found.setdefault(values["day"], {"day": values["day"]}).update(rest)
+    return list(found.values())
+
+
+def write_result(folder: Path, config: Config, display: Display) -> None:
+    """``days.json``, ``result.json`` with the mean over all evaluated events, ``days.png``."""
+    days = read_days(folder)
+    evaluated = [day for day in days if day.get("targets")]
+    total = sum(day["targets"] for day in evaluated)
+    names = metrics.metric_names(config.eval.ks)
+    mean = {n: sum(day[n] * day["targets"] for day in evaluated) / total for n in names} if total else {}
+    report.write_json(folder / "days.json", {"days": days})
+    report.write_json(
+        folder / "result.json",
+        {
+            "experiment": config.experiment, "seed": config.seed, "days": len(days), "targets": total,
+            "trained": sum(day.get("trained", 0) for day in days), "next_day": mean,
+        },
+    )  # fmt: skip
+    plot_days(days, folder / "days.png")
+    shown = "  ".join(f"{n} {mean[n]:.4f}" for n in ("hr@10", "ndcg@10", "mrr") if n in mean)
+    display.say(f"{len(days)} days; next day, {total:,} events: {shown or 'none evaluated'}; {folder}")
+
+
+def plot_days(days: list[dict[str, Any]], path: Path) -> None:
+    """Next-day metrics and the training loss over days. Without matplotlib nothing is drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), layout="constrained", sharex=True)
+    place = range(len(days))
+    for name in ("hr@10", "ndcg@10", "mrr"):
+        if any(name in day for day in days):
+            above.plot(place, [day.get(name, np.nan) for day in days], label=name, linewidth=1.3)
+            above.legend(fontsize=8, frameon=False)
+    below.plot(place, [day.get("train_loss", np.nan) for day in days], color="tab:gray", linewidth=1.3)
+    above.set(title="each day before it is trained on", ylim=(0, None))
+    below.set(ylabel="training loss")
+    every = max(1, len(days) // 8)
+    below.set_xticks(list(place)[::every], [day["day"] for day in days][::every], fontsize=7)
+    for panel in (above, below):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run_command(options: dict[str, Any]) -> Path:
+    """What ``hstu-stream`` does with the composed options."""
+    options = dict(options)
+    stream = build(StreamConfig, dict(options.pop("stream", None) or {}), "stream.")
+    config = from_dict(options)
+    check(config.seeds is None, "seeds", config.seeds, "null with hstu-stream; give seed")
+    return stream_train(dataclasses.replace(config, variants={}), stream)
+
+
+@command
+def main() -> int:
+    """Entry point of ``hstu-stream``."""
+    from omegaconf import OmegaConf
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    try:
+        run_hydra(lambda cfg: run_command(dict(OmegaConf.to_container(cfg, resolve=True))), "stream")  # type: ignore[arg-type]
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
