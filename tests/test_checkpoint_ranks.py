@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -16,11 +18,16 @@ from torch.distributed.tensor import Shard as Rows
 from hstu import checkpoint
 from hstu.checkpoint import Saver, State
 from hstu.checkpoint_state import restore_run, run_state
-from hstu.config import OptimConfig
+from hstu.config import Config, OptimConfig
+from hstu.data.store import SequenceStore
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.optim import make_optimizer
+from hstu.progress import Display
+from hstu.runs import open_store
+from hstu.train import Trainer
 from tests.ranks import run_ranks
+from tests.test_train import make_config
 
 TABLE = torch.arange(33.0).reshape(11, 3)
 """Rows of a prime number, so that no number of ranks divides them."""
@@ -181,3 +188,58 @@ def test_a_run_goes_on_alike_on_another_number_of_ranks(tmp_path, saving, readin
     for table, _ in after:
         torch.testing.assert_close(torch.tensor(table), torch.tensor(whole))
     assert [drawn for _, drawn in after] == [before[rank % saving][1] for rank in range(reading)]
+
+
+# hstu-train
+
+
+class Stop(Exception):
+    """Ends a training."""
+
+
+def train_until(config: Config, store_path: Path, end: int) -> None:
+    """Trains on the ranks that are there until step ``end``, saving every other step."""
+    trainer, step = Trainer(config, SequenceStore.open(store_path), Path(str(config.run.dir)), quiet()), Trainer._step
+
+    def watched(self, step_input):
+        if self.progress.global_step == end:
+            raise Stop
+        return step(self, step_input)
+
+    Trainer._step = watched
+    try:
+        trainer.run()
+    except Stop:
+        pass
+    finally:
+        Trainer._step = step
+
+
+def quiet() -> Display:
+    return Display(False, shown=False)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("saving, reading", [(1, 2), (2, 1), (4, 2)])
+def test_training_goes_on_alike_on_another_number_of_ranks(tmp_path, saving, reading):
+    optim = OptimConfig(lr=3e-3, clip_norm=0.5, average_decay=0.9)
+    config = make_config(tmp_path, optim=optim, run_save_every_steps=2, run_save_every_epochs=None, run_threads=1)
+    store = open_store(config).path
+    folders = {name: tmp_path / name for name in ("whole", "parts")}
+    runs = [dataclasses.replace(config.run, dir=str(folder)) for folder in folders.values()]
+    whole, parts = (dataclasses.replace(config, run=run) for run in runs)
+    train_until(whole, store, 8)
+    run_ranks(saving, train_until, parts, store, 5)  # the last one saved is that of step 4
+    run_ranks(reading, train_until, parts, store, 8)
+    assert len(losses(folders["parts"])) == 8
+    assert losses(folders["parts"]) == pytest.approx(losses(folders["whole"]), rel=3e-6)
+    one, two = (checkpoint.load_last(folder / "checkpoints") for folder in folders.values())
+    assert one is not None and two is not None
+    tensors, others = one.tensors(), two.tensors()
+    names = [name for name in tensors if not name.startswith("rng.")]
+    assert {name.split(".")[0] for name in names} == {"model", "optimizer", "average"}
+    for name in names:
+        assert (tensors[name] - others[name]).abs().max() <= 2e-4 * tensors[name].abs().max(), name
