@@ -120,7 +120,12 @@ class FeatureTables(nn.Module):
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         counts = list(features.counts)  # given, so that no kernel has to be waited for
-        keyed = KeyedJaggedTensor(list(features.keys), features.values, lengths=features.lengths, length_per_key=counts)
+        lengths, stride = features.lengths, features.num_rows
+        if self.sharded:  # one row of all values of a feature: a rank without rows takes part too
+            lengths, stride = lengths.new_tensor(counts), 1
+        keyed = KeyedJaggedTensor(
+            list(features.keys), features.values, lengths=lengths, length_per_key=counts, stride=stride
+        )
         found = self.collection(keyed)
         return [found[key].values() for key in self.keys]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,9 @@ from hstu.sharded_losses import Scored, exact_loss, scored_by
 from hstu.sharded_plan import FUSED_ON_CPU, TableShape, fused_params, make_plan, make_sharder, quiet
 from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
 from hstu.table_optim import Rule
+
+# torchrec's state dicts are of the class that torch says so about, again at every line that reads them.
+warnings.filterwarnings("ignore", message="Please use DTensor instead and we are deprecating ShardedTensor")
 
 TABLE = "item"
 EVENTS, SCORED = "events", "scored"
