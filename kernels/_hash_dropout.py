@@ -2,7 +2,8 @@
 
 For masks that a stream of draws (``kernels/_dropout.py``) would have to go through from their first element: attention
 weights, whose blocks depend on who else is in the batch, and tensors with many values a row. A row and a column have a
-word of 32 bits each, hashed from their numbers and the seed; an element's bits are the hash of one word XOR the other.
+word of 32 bits each, hashed from their numbers and the seed; an element's bits are the upper half of a shorter hash of
+one word XOR the other, whose passes over the whole mask are what it costs.
 
 Source: lowbias32 of Wellons 2018, Prospecting for hash functions (nullprogram.com/blog/2018/07/31).
 """
@@ -31,10 +32,15 @@ def hash_keep(rows: Tensor, columns: Tensor, rate: float, seed: int) -> Tensor:
         rate: in [0, 1).
         seed: 0..2^64 - 1.
     """
-    low, high = _signed(seed & 0xFFFF_FFFF), _signed(seed >> 32)
-    row_words = _mix(_mix(rows.to(torch.int32) ^ low) ^ (rows >> 32).to(torch.int32) ^ high)
+    low = _mix(torch.tensor(_signed(seed & 0xFFFF_FFFF), dtype=torch.int32))
+    high = int(_mix(low ^ _signed(seed >> 32)))  # of the whole seed: no seed has the words of another in another order
+    row_words = _mix(_mix(rows.to(torch.int32) ^ int(low)) ^ (rows >> 32).to(torch.int32) ^ high)
     column_words = _mix(_mix(columns.to(torch.int32) + COLUMN_SALT) ^ high)
-    return (_mix(row_words ^ column_words) & (LEVELS - 1)) >= dropped_levels(rate)
+    words = row_words ^ column_words
+    words *= FACTOR_A
+    words ^= (words >> 15) & 0x1_FFFF
+    words *= FACTOR_B
+    return words >= dropped_levels(rate) * LEVELS - 2**31  # signed words: as many below as of 2^16 draws are dropped
 
 
 def row_dropout(x: Tensor, rate: float, seed: int | None, rows: Tensor) -> Tensor:
