@@ -180,7 +180,8 @@ class RankingModel(nn.Module):
         """Training loss, a scalar; a function of the parameters, the batch and ``seed``. With several ranks this rank's
         part of it, as of :meth:`hstu.model.retrieval.RetrievalModel.loss`."""
         loss, _ = self.heads.loss(self.outputs(batch, plan, seed), batch.labels, world)
-        return reached(loss, self, [self.table], batch.num_events, world)
+        sharded = [tables for tables in (self.item_tables, self.user_tables) if tables.sharded]
+        return reached(loss, self, [self.table, *sharded], batch.num_events, world)
 
     def tables(self) -> list[nn.Module]:
         """Modules whose parameters are embedding tables of ids."""

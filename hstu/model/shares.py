@@ -41,7 +41,7 @@ def split_evenly(value: Tensor, world: World | None) -> Tensor:
 def reached(loss: Tensor, model: nn.Module, apart: Iterable[nn.Module], num_events: int, world: World | None) -> Tensor:
     """``loss``; of an empty share, with a gradient of zero for every parameter, which data-parallel ranks wait for.
 
-    apart: modules whose parameters need none beyond what the loss gives them (the item table, which may be sharded).
+    apart: modules whose parameters need none beyond what the loss gives them: the item table, and sharded tables.
     """
     if num_events > 0 or not several(world):
         return loss
