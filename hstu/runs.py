@@ -25,6 +25,8 @@ FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "ke
                   "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background",
                   "ranks", "max_restarts", "timeout_s"}  # fmt: skip
 """Fields of ``run`` that may differ between a run and its continuation."""
+FREE_EMBEDDING = {"kind", "sharding", "tables", "hbm_gib", "ddr_gib"}
+"""Fields of ``embedding`` that may: where the rows lie, not how they learn."""
 
 
 LOCAL_FIELDS = {"run.dir", "run.threads", "run.ranks", "data.root", "data.raw"}
@@ -139,13 +141,14 @@ def read_config(folder: Path) -> Config:
 def check_same(old: Config, new: Config, folder: Path) -> None:
     """Raises UserError naming the first field that a resumed run may not change."""
     old_values, new_values = to_dict(old), to_dict(new)
-    for group in ("seed", "data", "model", "ranking", "loss", "optim", "run", "eval"):
+    free = {f"run.{k}" for k in FREE_ON_RESUME} | {f"embedding.{k}" for k in FREE_EMBEDDING}
+    for group in ("seed", "data", "model", "ranking", "loss", "optim", "embedding", "run", "eval"):
         pairs = [(group, old_values[group], new_values[group])]
         if isinstance(old_values[group], dict) and isinstance(new_values[group], dict):
             keys = sorted(set(old_values[group]) | set(new_values[group]))
             pairs = [(f"{group}.{k}", old_values[group].get(k), new_values[group].get(k)) for k in keys]
         for name, a, b in pairs:
-            if a != b and not (group == "run" and name[4:] in FREE_ON_RESUME):
+            if a != b and name not in free:
                 raise UserError(
                     f"{folder} holds a run with {name}={a!r}, now {b!r}: take another run.dir to start anew"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,19 @@ import torch
 from hstu import checkpoint
 from hstu.checkpoint import Saver
 from hstu.checkpoint_state import restore_model, restore_run, run_state
-from hstu.config import LossConfig, from_dict
+from hstu.config import Config, LossConfig, from_dict
+from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
+from hstu.export import item_vectors
 from hstu.optim import set_learning_rate
+from hstu.runs import load_run, open_store
+from hstu.train import train as train_run
 from tests.ranks import run_ranks
 from tests.test_sharded_losses import DIM, NUM_ITEMS, Model, whole_table
+from tests.test_train import logged, make_config
+from tests.test_train_ranks import narrow, run_steps
 
 pytest.importorskip("torchrec")
 
@@ -128,3 +135,38 @@ def test_a_sharded_run_is_evaluated_on_one_process(tmp_path):
     model = Model(LocalItemTable(NUM_ITEMS, DIM))
     restore_model(found, model)
     assert torch.equal(model.table.weight, table) and torch.equal(model.map.weight, linear)
+
+
+# hstu-train
+
+
+def table_config(root: Path, name: str, kind: str, **embedding: str) -> Config:
+    config = make_config(root, run_save_every_steps=2, run_save_every_epochs=None, run_epochs=1)
+    tables = EmbeddingConfig(kind=kind, **{"optimizer": "rowwise_adagrad", **embedding}, lr=0.05)
+    return narrow(root / name, dataclasses.replace(config, embedding=tables))
+
+
+def test_training_goes_on_with_tables_of_the_other_kind(tmp_path):
+    """Local, then sharded over two ranks by rows, then over one, then local: the losses of a local run."""
+    whole = table_config(tmp_path, "whole", "local")
+    store = open_store(whole).path
+    run_ranks(1, run_steps, whole, store, 9)
+    parts = [("local", "auto", 1, 3), ("sharded", "row_wise", 2, 5), ("sharded", "auto", 1, 7), ("local", "auto", 1, 9)]
+    for kind, sharding, num_ranks, end in parts:  # ended after an odd step: goes on from the even one before
+        config = table_config(tmp_path, "parts", kind, sharding=sharding)
+        assert run_ranks(num_ranks, run_steps, config, store, end) == ["Stop: "] * num_ranks
+    expected, found = ([line["loss"] for line in logged(tmp_path / n) if "loss" in line] for n in ("whole", "parts"))
+    assert len(expected) == 9 and found == pytest.approx(expected, rel=2e-5)
+    with pytest.raises(UserError, match=r"embedding\.optimizer='rowwise_adagrad', now 'adagrad'"):
+        train_run(table_config(tmp_path, "parts", "local", optimizer="adagrad"))
+
+
+def test_a_sharded_run_is_evaluated_and_exported_on_one_process(tmp_path):
+    config = table_config(tmp_path, "run", "sharded", sharding="row_wise")
+    store = open_store(config).path
+    assert run_ranks(2, run_steps, config, store) == ["", ""]
+    _, _, model = load_run(tmp_path / "run")
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / checkpoint.BEST)
+    assert saved.ranks == 2 and isinstance(model.table, LocalItemTable)
+    assert torch.equal(model.table.weight, saved.tensors("model.table.")["weight"])
+    assert model.table.weight[0].abs().sum() == 0 and item_vectors(model).shape == (60, 8)
