@@ -34,8 +34,7 @@ class EmbeddingConfig:
     dtype: str = "float32"
     """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA)."""
     comm_dtype: str = "float32"
-    """sharded only: of the rows and gradients that ranks send each other: float32, float16, bfloat16 (CUDA) or int8
-    (rows only; their gradients then go as float16)."""
+    """sharded only: of the rows and gradients that ranks send each other: float32, float16 or bfloat16 (CUDA)."""
     hbm_gib: float | None = None
     """sharded only: GPU memory of a rank that the planner may fill; None: what the device has."""
     ddr_gib: float | None = None
@@ -50,8 +49,8 @@ class EmbeddingConfig:
         for name, sharding in self.tables.items():
             choices = SHARDINGS if name == "item" else (*SHARDINGS, "data_parallel")
             _check(sharding in choices, f"embedding.tables.{name}", sharding, f"one of {', '.join(choices)}{GRID}")
-        _one_of("embedding.dtype", self.dtype, ("float32", "float16", "bfloat16"))
-        _one_of("embedding.comm_dtype", self.comm_dtype, ("float32", "float16", "bfloat16", "int8"))
+        for name in ("dtype", "comm_dtype"):
+            _one_of(f"embedding.{name}", getattr(self, name), ("float32", "float16", "bfloat16"))
         for name in ("hbm_gib", "ddr_gib"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"embedding.{name}", value, "> 0 or null")

@@ -98,6 +98,13 @@ def capacity(config: EmbeddingConfig, world: World) -> int:
     return int(config.ddr_gib * GIB) if config.ddr_gib is not None else host_bytes() // local_size(world)
 
 
+def check_device(config: EmbeddingConfig, device: torch.device) -> None:
+    """Raises UserError for a dtype that the device does not have."""
+    for name in ("dtype", "comm_dtype"):
+        if getattr(config, name) == "bfloat16" and device.type != "cuda":
+            raise UserError(f"embedding.{name}=bfloat16: expected a CUDA device; take float16 or float32 on the CPU")
+
+
 def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]) -> None:
     """Raises UserError where no plan can fit. Nothing is allocated yet."""
     room = int(capacity(config, world) * (1 - RESERVED))
@@ -148,10 +155,8 @@ def make_sharder(config: EmbeddingConfig, device: torch.device, params: dict[str
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 
-    types = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int8": "INT8"}
-    forward = types[config.comm_dtype]
-    backward = "FP16" if forward == "INT8" else forward
-    wanted = QCommsConfig(forward_precision=CommType[forward], backward_precision=CommType[backward])
+    kind = CommType[{"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}[config.comm_dtype]]
+    wanted = QCommsConfig(forward_precision=kind, backward_precision=kind)
     registry = get_qcomm_codecs_registry(wanted, device=device)
     return EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=registry)
 
@@ -168,6 +173,7 @@ def make_plan(
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import PlannerError
 
+    check_device(config, world.device)
     check_memory(config, world, tables)
     constraints = {}
     for table in tables:
