@@ -38,6 +38,9 @@ FOLDER = "HSTU_LAUNCH_FOLDER"
 OUTCOME, LOSS, OPTIONS = "outcome.json", "loss-{attempt}.txt", "options.json"
 PATIENCE = timedelta(days=30)
 """A rank may work alone for long, as at preparing data; the others watch its signs of life instead of the clock."""
+LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+START_TIMEOUT_S = 300.0
+"""Ranks start at different times: each imports its libraries and opens its device."""
 REPORT_TIMEOUT_S = 5.0
 
 
@@ -69,7 +72,8 @@ def join(run: RunConfig) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    store, prefix = connect(rank, run.timeout_s), f"{attempt()}/{next(_runs)}"
+    store, prefix = connect(rank, START_TIMEOUT_S), f"{attempt()}/{next(_runs)}"
+    _await_all(dist.PrefixStore(f"arrived/{prefix}", store), rank, size)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -82,7 +86,7 @@ def join(run: RunConfig) -> Iterator[World]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise RankLost(f"rank {rank} could not join the {size} ranks in {run.timeout_s:g} s ({reason})") from None
-    beats = dist.PrefixStore(f"beats/{prefix}", connect(rank, run.timeout_s, client=True))
+    beats = dist.PrefixStore(f"beats/{prefix}", connect(rank, START_TIMEOUT_S, client=True))
     pulse = Pulse(beats, rank, size, run.timeout_s, on_lost=lambda why: _give_up(pulse, why))
     world = World(rank, size, device, local_rank, patient, pulse, _why_again())
     try:
@@ -97,6 +101,19 @@ def join(run: RunConfig) -> Iterator[World]:
         world.barrier()  # a rank that leaves while another still talks to it can make that one fail
         pulse.stop()
         dist.destroy_process_group()
+
+
+def _await_all(store: dist.Store, rank: int, size: int) -> None:
+    """Returns when every rank has started; UserError names those that have not."""
+    keys = [str(r) for r in range(size)]
+    store.set(keys[rank], "")
+    try:
+        store.wait(keys, timedelta(seconds=START_TIMEOUT_S))
+    except dist.DistError:
+        absent = ", ".join(key for key in keys if not store.check([key]))
+        raise UserError(
+            f"rank {absent} of {size} did not start within {START_TIMEOUT_S:g} s: see what its machine says"
+        ) from None
 
 
 def connect(rank: int, timeout_s: float, client: bool = False) -> dist.Store:
@@ -246,6 +263,7 @@ def launch(options: dict[str, Any]) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=name),
         )  # fmt: skip
         logging.disable(logging.CRITICAL)  # the launcher's own account of what we say in one line
+        handlers = {number: signal.getsignal(number) for number in LAUNCHER_SIGNALS}
         failure: str | None = None
         number: int | None = None
         try:
@@ -256,6 +274,8 @@ def launch(options: dict[str, Any]) -> None:
             failure = _last_failure(error, folder, run)
         finally:
             logging.disable(logging.NOTSET)
+            for handled, handler in handlers.items():  # the launcher leaves its own
+                signal.signal(handled, handler)
         _raise_outcome(folder / OUTCOME, failure, number, options["run"]["dir"])
 
 
