@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Container
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -54,11 +55,12 @@ class FeatureTables(nn.Module):
         use_torchrec: None: where it can be imported.
         sharded: the tables stay empty until ``hstu.sharded.shard`` gives each rank its part.
         dtype: of sharded tables.
+        whole: features whose tables stay whole on every rank all the same (data parallel), learning as local ones.
     """
 
     def __init__(
         self, sizes: dict[str, int], dim: int, use_torchrec: bool | None = None, sharded: bool = False,
-        dtype: str = "float32",
+        dtype: str = "float32", whole: Container[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.keys, self.dim, self.sharded = tuple(sizes), dim, sharded and bool(sizes)
@@ -68,23 +70,36 @@ class FeatureTables(nn.Module):
             raise ValueError(f"features {list(sizes)} give the same table name; rename one")
         self.initial: list[InitialValues] = []
         """Of sharded tables, in the order of ``sizes``."""
+        self.whole = tuple(key for key in sizes if self.sharded and key in whole)
         if self.sharded:
-            if not self.uses_torchrec:
-                raise UserError(
-                    "embedding.kind=sharded: expected torchrec and fbgemm-gpu; see hstu-doctor, or take local"
-                )
-            tables = {name: (size, [key]) for name, (key, size) in zip(names, sizes.items(), strict=True)}
-            self.collection: Any = make_collection(tables, dim, "meta", dtype)
-            self.initial = [InitialValues.take(size, dim, _normal) for size in sizes.values()]
+            self._make_sharded(sizes, dtype)
             return
         with torch.random.fork_rng(devices=[]):  # what a collection draws must not move the initial weights after it
-            self.collection = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
+            self.collection: Any = _collection(sizes, dim) if self.uses_torchrec else _PlainCollection(sizes, dim)
         with torch.no_grad():
             for parameter in self.parameters():
                 nn.init.normal_(parameter, std=INIT_STD)
 
+    def _make_sharded(self, sizes: dict[str, int], dtype: str) -> None:
+        if not self.uses_torchrec:
+            raise UserError("embedding.kind=sharded: expected torchrec and fbgemm-gpu; see hstu-doctor, or take local")
+        with torch.random.fork_rng(devices=[]):
+            self.replicas = _PlainCollection({key: sizes[key] for key in self.whole}, self.dim)
+        tables = {_table_name(key): (size, [key]) for key, size in sizes.items() if key not in self.whole}
+        self.collection = make_collection(tables, self.dim, "meta", dtype) if tables else None
+        for key, size in sizes.items():
+            if key in self.whole:
+                nn.init.normal_(self.replicas.embeddings[_table_name(key)].weight.detach(), std=INIT_STD)  # type: ignore[operator, union-attr]
+            else:
+                self.initial.append(InitialValues.take(size, self.dim, _normal))
+        self._register_state_dict_hook(_to_local_names)
+        self.register_load_state_dict_pre_hook(_from_local_names)
+
     def _apply(self, fn: Any, recurse: bool = True) -> FeatureTables:
-        return self if self.sharded else super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        if self.sharded:  # rows lie where they were planned
+            self.replicas._apply(fn, recurse)
+            return self
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def forward(self, features: Features) -> list[Tensor]:
         """[n, D] of each feature in the order of ``sizes``; several values of a row are summed.
@@ -117,6 +132,14 @@ class FeatureTables(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 plain = replace(features, values=features.values.clone(), lengths=features.lengths.clone())
                 return self._lookup(plain)
+        if self.whole:
+            rest = tuple(key for key in self.keys if key not in self.whole)
+            found = dict(zip(self.whole, self.replicas(_part(features, self.whole)), strict=True))
+            found |= dict(zip(rest, self._lookup_keyed(_part(features, rest)), strict=True)) if rest else {}
+            return [found[key] for key in self.keys]
+        return self._lookup_keyed(features)
+
+    def _lookup_keyed(self, features: Features) -> list[Tensor]:
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         counts = list(features.counts)  # given, so that no kernel has to be waited for
@@ -127,7 +150,28 @@ class FeatureTables(nn.Module):
             list(features.keys), features.values, lengths=lengths, length_per_key=counts, stride=stride
         )
         found = self.collection(keyed)
-        return [found[key].values() for key in self.keys]
+        return [found[key].values() for key in features.keys]
+
+
+def _part(features: Features, keys: tuple[str, ...]) -> Features:
+    """Of some of the features; the lengths stay behind."""
+    values = dict(zip(features.keys, features.values.split(list(features.counts)), strict=True))
+    counts = dict(zip(features.keys, features.counts, strict=True))
+    joined = torch.cat([values[key] for key in keys])
+    return Features(keys, joined, features.lengths[:0], tuple(counts[key] for key in keys), features.numbers)
+
+
+def _to_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in module.whole:
+        name = f"embeddings.{_table_name(key)}.weight"
+        state[f"{prefix}collection.{name}"] = state.pop(f"{prefix}replicas.{name}")
+
+
+def _from_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    for key in module.whole:
+        name = f"embeddings.{_table_name(key)}.weight"
+        if f"{prefix}collection.{name}" in state:
+            state[f"{prefix}replicas.{name}"] = state.pop(f"{prefix}collection.{name}")
 
 
 def _collection(sizes: dict[str, int], dim: int) -> nn.Module:

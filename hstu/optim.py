@@ -21,18 +21,21 @@ def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torc
 
     Raises UserError where the tables do not fit into the memory of the ranks.
     """
+    if config.embedding.optimizer == "adamw":
+        rate = config.embedding.lr or config.optim.table_lr
+        return [make_optimizer(model, dataclasses.replace(config.optim, table_lr=rate))]
+    optimizers: list[torch.optim.Optimizer] = []
+    whole = {p: None for module in model.tables() for p in module.parameters()}  # type: ignore[operator]
     if config.embedding.kind == "sharded":
         from hstu.sharded import shard
 
-        tables: torch.optim.Optimizer = shard(model, config, world)
-    elif config.embedding.optimizer == "adamw":
-        rate = config.embedding.lr or config.optim.table_lr
-        return [make_optimizer(model, dataclasses.replace(config.optim, table_lr=rate))]
-    else:
+        optimizers.append(shard(model, config, world))
+        sharded = set(model.sharded_names)  # type: ignore[arg-type]
+        whole = {p: None for name, p in model.named_parameters() if p in whole and name not in sharded}
+    if whole:
         rule, rate = table_rule(config), table_rate(config)
-        parameters = [p for module in model.tables() for p in module.parameters()]  # type: ignore[operator]
-        tables = TableOptimizer(parameters, rule, rate, rate / config.optim.lr)
-    return [make_optimizer(model, config.optim, apart=True), tables]
+        optimizers.append(TableOptimizer(whole, rule, rate, rate / config.optim.lr))
+    return [make_optimizer(model, config.optim, apart=True), *optimizers]
 
 
 def table_rate(config: Config) -> float:

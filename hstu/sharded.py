@@ -304,7 +304,7 @@ def ensure_process_group() -> None:
 def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Paths of the modules of ``model`` that hold sharded tables, and the modules."""
     for path, module in model.named_modules():
-        if isinstance(module, ShardedItemTable) or (isinstance(module, FeatureTables) and module.sharded):
+        if isinstance(module, ShardedItemTable | FeatureTables) and getattr(module, "initial", None):
             yield path, module
 
 

@@ -49,14 +49,15 @@ def sharded(embedding: EmbeddingConfig, sharding: str) -> EmbeddingConfig:
     return dataclasses.replace(embedding, kind="sharded", sharding=sharding)
 
 
-def compare(tmp_path: Path, store: Path, kind: str, runs: list[tuple[int, str]], **changes: Any) -> None:
+def compare(tmp_path: Path, store: Path, kind: str, runs: list[tuple[int, str]], tables: dict[str, str] | None = None,
+            **changes: Any) -> None:  # fmt: skip
     changes = {"optim": OptimConfig(lr=3e-3), "embedding": LOCAL} | changes
     local = configure(tmp_path, "local", kind, **changes)
     assert run_ranks(1, run_steps, local, store, STEPS) == ["Stop: "]
     expected = losses(local)
     assert len(set(expected)) == STEPS
     for number, sharding in runs:
-        embedding = sharded(changes["embedding"], sharding)
+        embedding = dataclasses.replace(sharded(changes["embedding"], sharding), tables=tables or {})
         config = configure(tmp_path, f"{sharding}-{number}", kind, **(changes | {"embedding": embedding}))
         assert run_ranks(number, run_steps, config, store, STEPS) == ["Stop: "] * number
         assert losses(config) == pytest.approx(expected, rel=2e-5), (number, sharding)
@@ -77,6 +78,13 @@ def test_columns(stores, tmp_path):
 def test_ranking_with_its_feature_tables(form, stores, tmp_path):
     compare(tmp_path, stores["ranking"], "ranking", [(1, "auto"), (2, "row_wise"), (4, "table_wise")], form=form,
             run_batch_users=5, run_save_every_epochs=None)  # fmt: skip
+
+
+@pytest.mark.parametrize("features", [["parity"], ["parity", "hour_of_day"]], ids=["one", "all"])
+def test_feature_tables_that_stay_whole(features, stores, tmp_path):
+    tables = dict.fromkeys(features, "data_parallel")
+    compare(tmp_path, stores["ranking"], "ranking", [(2, "row_wise")], tables, run_batch_users=5,
+            run_save_every_epochs=None)  # fmt: skip
 
 
 def test_the_whole_run_validates_and_saves_as_with_local_tables(stores, tmp_path):

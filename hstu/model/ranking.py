@@ -77,8 +77,9 @@ class RankingModel(nn.Module):
         embedding = embedding or EmbeddingConfig()
         sharded, dtype = embedding.kind == "sharded", embedding.dtype
         self.table = make_table(dataclasses.replace(config, l2_normalize=False), data.store.num_items, embedding)
-        self.item_tables = FeatureTables(data.token_feature_sizes, dim, sharded=sharded, dtype=dtype)
-        self.user_tables = FeatureTables(data.user_feature_sizes, dim, sharded=sharded, dtype=dtype)
+        whole = {name for name, sharding in embedding.tables.items() if sharding == "data_parallel"}
+        self.item_tables = FeatureTables(data.token_feature_sizes, dim, None, sharded, dtype, whole)
+        self.user_tables = FeatureTables(data.user_feature_sizes, dim, None, sharded, dtype, whole)
         self.item_numbers = NumberTokens(len(data.token_number_names), dim)
         self.user_numbers = NumberTokens(len(data.user_number_names), dim)
         self.actions = nn.Parameter(torch.randn(data.num_action_bits, dim) * INIT_STD)
