@@ -1,7 +1,7 @@
 """A log day by day: what each day adds, and the batches that train on it once.
 
-A day trains on every event of it that has an event of the same user before it, each once, with the history that the user
-had by then. A user with more than ``max_len`` events on a day is cut into pieces of so many predicted events.
+A day trains on every event of it that has an event of the same user before it, each once, with the history that the
+user had by then. A user with more than ``max_len`` events on a day is cut into pieces of so many predicted events.
 
 Legend: U users, P pieces, L events in the batch.
 """

@@ -88,16 +88,8 @@ class ShardUsers:
         if store.actions is not None:
             columns["actions"] = store.actions
         read = _read_in_sequence if sequential else _read_by_row
-        return Users(refs, lengths, {name: read(column, starts, lengths) for name, column in columns.items()})
-
-    def user_rows(self, refs: np.ndarray) -> np.ndarray:
-        """[n] int64 number of each user in the whole store."""
-        shards, places = refs >> _SHARD_BITS, refs & ((1 << _SHARD_BITS) - 1)
-        found = np.empty(len(refs), np.int64)
-        for s in np.unique(shards).tolist():
-            here = shards == s
-            found[here] = self.first_users[s] + self._load_table(s).users[places[here]]
-        return found
+        found = {name: read(column, starts, lengths) for name, column in columns.items()}
+        return Users(refs, self.first_users[shard] + table.users[places], lengths, found)
 
     def _load_table(self, shard: int) -> ShardTable:
         """Where the training users of a shard lie. Those of one shard are kept."""
@@ -211,7 +203,7 @@ class StreamBatches:
         if step + 1 == self.steps:
             self.buffer.start(epoch + 1)
             self._next = (epoch + 1, 0)
-        batch = make_batch(users, self.source.user_rows(users.refs))
+        batch = make_batch(users)
         if ranks.size > 1:  # ranks draw different random numbers
             batch = replace(batch, random_rows=torch.arange(batch.num_events) + (ranks.rank << RANK_BITS))
         return StreamShare(batch.to(self.world.device), self.world, ranks.event_work)
@@ -221,8 +213,8 @@ class StreamBatches:
         return step * int(self.source.counts.sum()) // self.steps
 
 
-def make_batch(users: Users, user_rows: np.ndarray) -> Batch:
-    """The batch of users whose last event is only a label. user_rows: [B] int64, in the whole store."""
+def make_batch(users: Users) -> Batch:
+    """The batch of users whose last event is only a label."""
     lengths = users.lengths - 1
     starts = np.cumsum(users.lengths) - users.lengths
     rows = joined_ranges(starts, lengths)  # [L] inputs; the label of a row is the row after it
@@ -235,7 +227,7 @@ def make_batch(users: Users, user_rows: np.ndarray) -> Batch:
         timestamps=torch.from_numpy(times[rows]),
         request_times=torch.from_numpy(times[rows + 1]),
         labels=torch.from_numpy(items[rows + 1]),
-        users=torch.from_numpy(user_rows),
+        users=torch.from_numpy(users.rows),
         max_len=int(lengths.max(initial=0)),
         actions=None if actions is None else torch.from_numpy(actions[rows]),
     )

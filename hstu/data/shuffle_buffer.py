@@ -25,10 +25,12 @@ BUFFER_SEED = 103
 class Users:
     """Users with their events.
 
-    refs: [n] int64, what the source knows them by. lengths: [n] int64 events. columns: [L] by name, joined.
+    refs: [n] int64, what the source knows them by. rows: [n] int64, what the batch calls them. lengths: [n] int64
+    events. columns: [L] by name, joined.
     """
 
     refs: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
     columns: dict[str, np.ndarray]
 
@@ -38,15 +40,17 @@ class Users:
     def take(self, chosen: np.ndarray) -> Users:
         """The users at the places ``chosen``, in that order."""
         starts = np.cumsum(self.lengths) - self.lengths
-        rows = joined_ranges(starts[chosen], self.lengths[chosen])
-        return Users(self.refs[chosen], self.lengths[chosen], {n: c[rows] for n, c in self.columns.items()})
+        events = joined_ranges(starts[chosen], self.lengths[chosen])
+        columns = {name: column[events] for name, column in self.columns.items()}
+        return Users(self.refs[chosen], self.rows[chosen], self.lengths[chosen], columns)
 
     @staticmethod
     def concatenate(parts: Sequence[Users]) -> Users:
         if len(parts) == 1:
             return parts[0]
         columns = {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns}
-        return Users(np.concatenate([p.refs for p in parts]), np.concatenate([p.lengths for p in parts]), columns)
+        refs, rows, lengths = (np.concatenate([getattr(p, n) for p in parts]) for n in ("refs", "rows", "lengths"))
+        return Users(refs, rows, lengths, columns)
 
 
 def joined_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

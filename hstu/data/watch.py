@@ -1,8 +1,8 @@
 """A folder in which the files of a log arrive, and a store that grows with them, day by day.
 
-The date in a file's path says which day it belongs to (``dt=2026-03-01/part-0.parquet``, ``clicks-20260301.csv``). Days
-are given in order. A file is complete when its folder holds ``_SUCCESS``, or when it has not changed for some seconds; a
-day is complete when its files are and either its folder holds ``_SUCCESS`` or a later day has begun.
+The date in a file's path says which day it belongs to (``dt=2026-03-01/part-0.parquet``, ``clicks-20260301.csv``).
+Days are given in order. A file is complete when its folder holds ``_SUCCESS``, or when it has not changed for some
+seconds; a day is complete when its files are and either its folder holds ``_SUCCESS`` or a later day has begun.
 """
 
 from __future__ import annotations

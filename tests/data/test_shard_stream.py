@@ -40,7 +40,7 @@ class Counting:
     def fetch(self, refs: np.ndarray) -> Users:
         self.fetched += len(refs)
         lengths = refs % 3 + 1
-        return Users(refs, lengths, {"value": np.repeat(refs, lengths)})
+        return Users(refs, refs, lengths, {"value": np.repeat(refs, lengths)})
 
 
 def drain(buffer: ShuffleBuffer, size: int = 7) -> list[int]:
