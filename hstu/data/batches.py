@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hstu.config import StochasticLengthConfig
 from hstu.data.random_rows import rows_of
-from hstu.data.share import Ranks, Share
 from hstu.data.sharded_store import JoinedColumn
+from hstu.data.share import Ranks, Share
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
 from hstu.data.store import SequenceStore
