@@ -216,6 +216,9 @@ def print_summary(store: SequenceStore, seconds: float) -> None:
     if any(not entry["agrees"] for entry in published.values()):
         text = "COUNTS DIFFER from the published ones: a subset, another filter or another version of the raw files"
         console.print(text, style="bold red")
+    if "shards" in meta:
+        events = [entry["events"] for entry in meta["shards"]]
+        console.print(f"{len(events)} shards of {min(events):,} to {max(events):,} events")
     for what, number in meta.get("removed", {}).items():
         console.print(f"removed by {what}: {number:,} events")
     rejects = meta.get("rejects", {})
