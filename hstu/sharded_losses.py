@@ -173,36 +173,53 @@ class Block:
         return torch.arange(max(1, self.first), max(1, self.stop), device=device)
 
 
+DRAWS_PER_ROW = 16
+"""With so many ids of a block for each of its rows, all rows are fetched: of uniform draws less than 1 in 10^6 is in
+vain, and no id has to be looked for."""
 DENSE_BLOCK = 8
 """A block of up to so many times the ids of a step is marked in a map of its size, a larger one is sorted."""
 
 
 def find_places(block: Block, parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Distinct ids [K] int64, ascending, of ids of ``block``, and the place of each in it, counted from ``FIRST``."""
-    joined = torch.cat([part.reshape(-1) for part in parts]).long() - block.first
-    if len(block) <= DENSE_BLOCK * joined.numel():
-        marked = torch.zeros(len(block), dtype=torch.bool, device=joined.device)
-        marked[joined] = True
+    """Ids [K] int64, ascending, that hold those of ``parts``, ids of ``block``; and their places, from ``FIRST`` on.
+
+    The ids of ``parts`` alone, or, where they are many, the whole block. parts: one-dimensional; places are int64.
+    """
+    num_ids = sum(part.numel() for part in parts)
+    if num_ids >= DRAWS_PER_ROW * len(block):
+        ids = block.items(parts[0].device)
+        return ids, [part.long() + (FIRST - max(1, block.first)) for part in parts]
+    joined = torch.cat([part.long() for part in parts]) - block.first
+    if len(block) <= DENSE_BLOCK * num_ids:
+        marked = torch.zeros(len(block), dtype=torch.bool, device=joined.device).index_fill_(0, joined, True)
         ids = marked.nonzero()[:, 0]
-        places = (marked.cumsum(0) + (FIRST - 1))[joined]
+        places = (marked.cumsum(0) + (FIRST - 1)).index_select(0, joined)
     else:
         ids, places = joined.unique(return_inverse=True)
         places = places + FIRST
-    found = places.split([part.numel() for part in parts])
-    return ids + block.first, [place.view(part.shape) for place, part in zip(found, parts, strict=True)]
+    return ids + block.first, list(places.split([part.numel() for part in parts]))
 
 
 def scored_negatives(positions: Positions, labels: Tensor, negatives: Tensor, block: Block) -> Scored:
     """Of a sampled softmax. labels: [P]. negatives: [P, R]; those of other blocks, and the label, are left out."""
-    owned = block.holds(labels)
-    inside = block.holds(negatives) & (negatives != labels[:, None])
-    width = max(1, int(inside.sum(dim=1).max())) if len(labels) else 1
-    ids, (label_places, places) = find_places(block, [labels[owned], negatives[inside]])
+    if positions.world.size == 1:  # the op leaves the label out
+        ids, (own, places) = find_places(block, [labels, negatives.reshape(-1)])
+        return Scored(positions, ids, own, places.view(negatives.shape))
+    owned, num_columns = block.holds(labels), negatives.shape[1]
+    inside = block.holds(negatives).logical_and_(negatives != labels[:, None].to(negatives.dtype)).view(-1)
+    flat = inside.nonzero()[:, 0]  # [n]
+    ids, (label_places, places) = find_places(block, [labels[owned], negatives.reshape(-1).index_select(0, flat)])
     own = torch.full_like(labels, OTHERS, dtype=torch.int64)
     own[owned] = label_places
+    rows = flat.div(num_columns, rounding_mode="floor")
+    counts = torch.bincount(rows, minlength=len(labels))  # [P]
+    width = max(1, int(counts.max())) if len(labels) else 1
     candidates = own[:, None].repeat(1, width)  # a label does not count as its own negative
-    column = (inside.cumsum(dim=1) - 1)[inside]
-    candidates[inside.nonzero()[:, 0], column] = places
+    starts = counts.cumsum(0) - counts
+    # Row by row: the n-th of all is the (n - starts[row])-th of its row.
+    shift = torch.arange(len(labels), device=flat.device) * width - starts
+    target = torch.arange(len(flat), device=flat.device) + shift.index_select(0, rows)
+    candidates.view(-1).index_copy_(0, target, places)
     return Scored(positions, ids, own, candidates)
 
 

@@ -141,3 +141,41 @@ def test_ten_steps_of_rowwise_adagrad_on_four_ranks():
 @pytest.mark.parametrize("loss", ["sampled", "full"])
 def test_without_normalisation(loss):
     check(loss, "sgd", "row_wise", 2, normalize=False)
+
+
+@pytest.mark.parametrize(
+    "count, stop", [(400, 30), (40, 100), (5, 10_000)], ids=["whole-block", "marked", "sorted"]
+)  # fmt: skip
+def test_places_of_ids_in_a_block(count, stop):
+    from hstu.sharded_losses import FIRST, Block, find_places
+
+    block = Block(10, stop)
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randint(10, stop, (n,), generator=generator, dtype=torch.int32) for n in (count, 3, 0)]
+    ids, places = find_places(block, parts)
+    assert bool((ids.diff() > 0).all())
+    if count == 400:
+        assert ids.tolist() == list(range(10, 30))
+    else:
+        assert ids.tolist() == torch.cat(parts).unique().tolist()
+    for part, place in zip(parts, places, strict=True):
+        assert torch.equal(ids[place - FIRST], part.long())
+
+
+def test_negatives_of_a_block():
+    """Two positions; ids 4..7 are this rank's; a negative that is the label does not count."""
+    from hstu.sharded_losses import OTHERS, Block, Positions, scored_negatives
+
+    labels, negatives = torch.tensor([5, 1]), torch.tensor([[5, 7, 2, 4], [4, 3, 2, 1]])
+    scored = scored_negatives(Positions(World(1, 2), (1, 1)), labels, negatives, Block(4, 8))
+    assert scored.ids.tolist() == [4, 5, 7]
+    assert scored.labels.tolist() == [3, OTHERS]
+    assert scored.candidates.tolist() == [[4, 2], [2, OTHERS]]  # filled up with the label
+
+
+def test_blocks_cover_the_table_once():
+    from hstu.sharded_losses import Block
+
+    blocks = [Block.of(5, rank, 4) for rank in range(4)]
+    assert [(b.first, b.stop) for b in blocks] == [(0, 2), (2, 4), (4, 5), (5, 5)]
+    assert [b.items(torch.device("cpu")).tolist() for b in blocks] == [[1], [2, 3], [4], []]
