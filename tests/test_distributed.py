@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import socket
@@ -27,6 +26,7 @@ from hstu.distributed import World
 from hstu.errors import Interrupted, RankLost, UserError
 from hstu.evaluate import turns
 from hstu.pulse import Beat, Pulse
+from hstu.runs import open_store
 from tests.ranks import run_ranks
 from tests.test_train import assert_same_run, final_state, make_config
 from tests.test_train_ranks import narrow, run_steps
@@ -121,7 +121,7 @@ def make_pulses(timeout_s: float) -> tuple[Pulse, Pulse, list[str]]:
     return first, second, said
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[..., bool], timeout_s: float = 20.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come about"
@@ -251,15 +251,18 @@ def ranks_of_this_process() -> dict[int, int]:
 def meanwhile(config: Config, actions: list[Callable[[], None]]) -> threading.Thread:
     """Takes the actions one by one, each when the run has made three steps more than at the one before."""
 
-    def work() -> None:
-        path, steps = Path(config.run.dir or "") / "metrics.jsonl", 0
+    path = Path(config.run.dir or "") / "metrics.jsonl"
+
+    def num_lines() -> int:
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def work(reached: int) -> None:
         for action in actions:
-            steps += 3
-            wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= steps, 150.0)
-            steps = len(path.read_text().splitlines())
+            wait_until(lambda least=reached + 3: num_lines() >= least, 150.0)
+            reached = num_lines()
             action()
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, args=(num_lines(),), daemon=True)
     thread.start()
     return thread
 
@@ -271,13 +274,7 @@ def test_stopped_hanging_and_killed_the_run_ends_bit_identical(
 ) -> None:
     config = make_config(tmp_path, run_epochs=3, run_save_every_steps=2, run_ranks=2, run_timeout_s=5.0)
     whole, troubled = (narrow(tmp_path / name, config) for name in ("whole", "troubled"))
-    store = launch_store(config)
-    assert run_ranks(
-        2, run_steps, dataclasses.replace(whole, run=dataclasses.replace(whole.run, ranks=None)), store
-    ) == [
-        "",
-        "",
-    ]
+    assert run_ranks(2, run_steps, whole, open_store(config).path) == ["", ""]
     options = to_dict(troubled)
     before = signal.getsignal(signal.SIGTERM)
     thread = meanwhile(troubled, [lambda: os.kill(os.getpid(), signal.SIGTERM)])
@@ -300,9 +297,3 @@ def test_stopped_hanging_and_killed_the_run_ends_bit_identical(
     assert "Traceback" not in shown.err and "error" not in shown.err
     assert_same_run(tmp_path / "whole", tmp_path / "troubled")
     assert (tmp_path / "troubled" / "result.json").exists()
-
-
-def launch_store(config: Config) -> Path:
-    from hstu.runs import open_store
-
-    return open_store(config).path
