@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ FORMAT = 2
 BEST = "best"
 MANIFEST = "manifest.json"
 VALUES = "values.json"
+PATIENCE = timedelta(hours=12)
+"""How long a rank that has written waits for the others; one that ends is noticed at once."""
 _STEP = re.compile(r"step-(\d{9})(\.pt)?")
 _PARTIAL, _REPLACED, _REMOVED, _DAMAGED = ".partial", ".replaced", ".removed", ".damaged"
 
@@ -78,7 +81,7 @@ class Saver:
         self.folder, self.keep_last, self.background = folder, keep_last, background
         self.world = world or World.current()
         # Of its own: the thread's collectives must not meet those of the training.
-        self.group = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world.size > 1 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: dict[str, Future[None]] = {}
         self._copies: dict[str, dict[Any, Tensor]] = {"step": {}, "best": {}}
@@ -111,9 +114,10 @@ class Saver:
         if not self.background:
             self._write(name, tensors, state.values)
             return
+        devices = {block.device for value in tensors.values() for _, block in value.blocks if block.is_cuda}
         tensors = {key: value.copied(self._copies[kind], key) for key, value in tensors.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for device in devices:
+            torch.cuda.synchronize(device)
         before = self._running.get("best")
         self._running[kind] = self._thread.submit(self._write, name, tensors, dict(state.values), before)
 
@@ -130,6 +134,12 @@ class Saver:
             before.result()  # a step that knows of a best one that could not be written is not written either
 
         def publish(sums: dict[str, FileSum]) -> None:
+            elsewhere = [name for name in sums if not (partial / name).exists()]
+            if elsewhere:
+                raise UserError(
+                    f"{self.folder}: {elsewhere[0]} of another rank is not there; expected a folder that all ranks "
+                    "share: set run.dir to one"
+                )
             _write_json(partial / VALUES, values)
             sums[VALUES] = file_sum(partial / VALUES)
             manifest = {"format": FORMAT, "ranks": self.world.size, "files": {n: asdict(s) for n, s in sums.items()}}

@@ -203,12 +203,11 @@ class Trainer:
         try:
             while not self.progress.finished:
                 self._epoch()
+            self.saver.wait()
             self._agree_to_stop()
             if self.stopping is not None:
                 raise Interrupted(self.stopping, self.folder)
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             self.saver.close()
             self.metrics_file.close()
             if self.world.is_first:
@@ -216,6 +215,8 @@ class Trainer:
             for logger in self.loggers:
                 logger.close()
             self.display.end_run()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return self.progress
 
     def _on_signal(self, number: int, frame: object) -> None:

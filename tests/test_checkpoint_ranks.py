@@ -135,6 +135,21 @@ def test_a_full_disk_of_one_rank_is_told_on_all(tmp_path, full):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
 
+def save_into_folders_of_their_own(folder: Path) -> str:
+    saver = Saver(folder / str(dist.get_rank()), keep_last=1)
+    saver.save(state(1.0), 1)
+    with pytest.raises(UserError) as raised:
+        saver.wait()
+    saver.close()
+    return str(raised.value)
+
+
+def test_ranks_that_share_no_folder_are_told(tmp_path):
+    told = run_ranks(2, save_into_folders_of_their_own, tmp_path)
+    assert len(set(told)) == 1 and "__1_0.distcp of another rank is not there" in told[0] and "run.dir" in told[0]
+    assert list((tmp_path / "0").iterdir()) == []
+
+
 def read_another_size(folder: Path) -> str:
     found = checkpoint.load_last(folder, World.current())
     assert found is not None
