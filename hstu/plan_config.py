@@ -15,8 +15,6 @@ from hstu.config_model import MODELS, HSTUConfig, ModelConfig
 from hstu.errors import UserError, check, one_of
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-COMM_BYTES = {"float32": (4, 4), "float16": (2, 2), "bfloat16": (2, 2), "int8": (1, 2)}
-"""Of a number of a row on its way out, and of its gradient on the way back."""
 PLACEMENTS = ("hbm", "uvm_caching", "uvm")
 
 
@@ -78,7 +76,7 @@ class TablePlanConfig:
     dtype: str = "float32"
     """Of the stored rows: float32, float16 or bfloat16."""
     comm_dtype: str = "float32"
-    """Of the rows and gradients on their way between GPUs: float32, float16, bfloat16, or int8 (gradients float16)."""
+    """Of the rows and gradients on their way between GPUs: float32, float16 or bfloat16."""
     placement: str = "hbm"
     """hbm; uvm_caching: rows in host memory, a cache of them in HBM; uvm: rows in host memory."""
     cache_fraction: float = 0.2

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
-from hstu.plan_config import COMM_BYTES, DTYPE_BYTES, PlanConfig
+from hstu.plan_config import DTYPE_BYTES, PlanConfig
 from hstu.plan_memory import (
     DRAW_BYTES,
     FLOAT,
@@ -38,6 +38,9 @@ SOFTMAX_PASSES = 12.0
 """Softmax attention written out in steps moves each weight so often, forward and backward."""
 ADAMW_FLOATS = 7.0
 """AdamW reads weight, gradient and two moments of a number and writes all but the gradient."""
+TABLE_PASSES = {"torch": 12.0, "triton": 5.0}
+"""A local table is gone through so often beside AdamW: its gradients from the events and from the loss are made and
+added; on the torch path it is normalised as a whole, forward and backward."""
 GATHER_FLOATS = 2.0
 """The backward of a sampled loss adds to a float32 gradient: read and write."""
 
@@ -101,15 +104,15 @@ def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
 
 def _lookup(config: PlanConfig, network: Network, what: str, rows: float) -> list[Transfer]:
     """Ids to the GPUs that have their rows, rows back, gradients there; rows: those that a GPU asks for."""
-    out, back = COMM_BYTES[config.embedding.comm_dtype]
+    each = DTYPE_BYTES[config.embedding.comm_dtype]
     sharding, dim = config.embedding.sharding, config.model.dim
     copies = num_shards(config) if sharding == "column_wise" else 1
     if num_shards(config) < config.cluster.gpus:  # few GPUs have all rows
         rows = rows * config.cluster.gpus / num_shards(config)
     return [
         network.all_to_all(f"ids of {what}", rows * copies * INT64, 2),  # lengths first
-        network.all_to_all(f"rows of {what}", rows * dim * out),
-        network.all_to_all(f"gradients of {what}", rows * dim * back),
+        network.all_to_all(f"rows of {what}", rows * dim * each),
+        network.all_to_all(f"gradients of {what}", rows * dim * each),
     ]
 
 
@@ -215,7 +218,9 @@ def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     everyone = work.tokens * gpus
     if config.loss.name != "sampled_softmax":
         bank = bank_items(config.with_gpus(gpus), work)
-        flops = 8.0 * everyone * bank * dim  # the logits are computed again in the backward pass
+        # The logits are computed again in the backward pass, but where a full softmax makes its gradients at once.
+        products = 6.0 if config.torch_path and is_replicated(config) and config.loss.name == "full_softmax" else 8.0
+        flops = products * everyone * bank * dim
         return [_part(config, "loss", flops, TOUCHES * everyone * dim * FLOAT, config.cluster.linear_fraction)]
     pairs = everyone * (rectangle_width(everyone, count, gpus) + 1)
     rows = work.tokens * (count + 1)  # what fills up the rectangle is the label, whose row is in the cache
@@ -234,7 +239,8 @@ def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
     items = float(table.rows)
     if is_replicated(config):
         looked_up = 2 * work.tokens * dim * FLOAT
-        update = (items + 1) * dim * FLOAT * ADAMW_FLOATS
+        passes = ADAMW_FLOATS + TABLE_PASSES["torch" if config.torch_path else "triton"]
+        update = (items + 1) * dim * FLOAT * passes
         return [_part(config, "embedding", 0.0, looked_up + update, 1.0)]
     busy = gpus / shards  # lookups of a GPU that has rows, against an even share
     rows = (work.tokens + scored_rows(config, work)) * busy

@@ -56,7 +56,8 @@ class Workload:
     def of_lengths(cls, lengths: Sequence[int] | np.ndarray, model: ModelConfig) -> Workload:
         """Of a real batch; lengths: [B] tokens of each user."""
         n = np.asarray(lengths, dtype=np.float64)
-        return cls(n.sum(), len(n), int(n.max()), (n * n).sum(), visible_pairs(n, model).sum())
+        pairs = float(visible_pairs(n, model).sum())
+        return cls(float(n.sum()), len(n), int(n.max()), float((n * n).sum()), pairs)
 
     @classmethod
     def planned(cls, config: PlanConfig) -> Workload:
@@ -166,7 +167,7 @@ def layer_bytes(config: PlanConfig, work: Workload) -> float:
 def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
     """Softmax attention: q, k, v on the torch path; elsewhere all padded to the longest user.
 
-    With dropout on the weights the padded path keeps them twice, before and after.
+    With dropout on the weights the padded path keeps them twice, before and after, and its mask of one byte.
     """
     low, dim, heads = config.activation_bytes, config.model.dim, config.model.num_heads
     if config.torch_path:
@@ -174,7 +175,7 @@ def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
     slots = work.users * work.longest
     kept = slots * (3 * dim * low + INT64) + work.tokens * INT64
     if dropout:
-        return kept + heads * slots * work.longest * (FLOAT + low)
+        return kept + heads * slots * work.longest * (FLOAT + low + 1)
     return kept + slots * (dim * low + heads * FLOAT)
 
 

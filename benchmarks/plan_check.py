@@ -1,0 +1,167 @@
+"""Predicted against measured time of training steps on this machine.
+
+    python -m benchmarks.plan_check [device=cpu] [threads=1] [points=hstu-*] [record=true]
+
+The machine's ceilings (copy, matrix product) are measured in the same run and given to ``hstu-plan`` as its data sheet;
+then whole steps (forward, backward, AdamW, one local table) of several models are timed on random batches. With
+``record=true`` a record is written.
+
+On a GPU the same command validates the shares of the peaks that ``hstu-plan`` assumes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.config import find_device, from_arguments
+from benchmarks.measure import Ceilings, measure_ceilings, synchronize
+from hstu import report
+from hstu.allocator import keep_freed_memory
+from hstu.cli import command
+from hstu.config import LossConfig, OptimConfig
+from hstu.config_model import HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
+from hstu.data.batches import Batch
+from hstu.model.retrieval import RetrievalModel
+from hstu.optim import make_optimizer
+from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
+from hstu.plan_cost import Step, plan_step
+from hstu.plan_memory import Workload
+
+WARM_UP_STEPS = 2
+LEAST_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model, its loss, and a batch."""
+
+    name: str
+    model: ModelConfig
+    loss: LossConfig
+    items: int
+    users: int
+
+
+def _hstu(dim: int, heads: int, max_len: int, blocks: int = 2) -> HSTUConfig:
+    return HSTUConfig(dim=dim, num_heads=heads, qk_dim=dim // heads, v_dim=dim // heads, num_blocks=blocks,
+                      max_len=max_len)  # fmt: skip
+
+
+POINTS = (
+    Point("hstu-ml-1m", _hstu(50, 1, 200), LossConfig(), 3883, 64),
+    Point("hstu-wide", _hstu(256, 4, 200), LossConfig(), 3883, 16),
+    Point("hstu-deep", _hstu(128, 4, 200, blocks=6), LossConfig(), 3883, 16),
+    Point("hstu-long", _hstu(64, 2, 1600), LossConfig(num_negatives=16), 3883, 4),
+    Point("hstu-bank", _hstu(64, 2, 200), LossConfig(name="shared_bank", num_negatives=4096), 26744, 32),
+    Point("hstu-full", _hstu(64, 2, 200), LossConfig(name="full_softmax"), 26744, 16),
+    Point("hstu-negatives", _hstu(64, 2, 200), LossConfig(num_negatives=512), 26744, 16),
+    Point("hstu-large-table", _hstu(64, 2, 100), LossConfig(), 400_000, 32),
+    Point("sasrec-ml-1m", SASRecConfig(), LossConfig(), 3883, 64),
+    Point("transformer-wide", TransformerConfig(dim=256, num_heads=4, ffn_dim=512), LossConfig(), 3883, 16),
+)
+
+
+@dataclass
+class Options:
+    """Options of the command."""
+
+    device: str = "auto"
+    points: str = "*"
+    seconds: float = 4.0
+    threads: int | None = None
+    record: bool = False
+
+
+def make_batch(point: Point, device: torch.device) -> Batch:
+    """Users of skewed lengths, random items."""
+    generator = torch.Generator().manual_seed(0)
+    quantiles = torch.arange(1, point.users + 1, dtype=torch.float64) / point.users
+    lengths = (point.model.max_len * quantiles.square()).ceil().to(torch.int64)
+    total = int(lengths.sum())
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    items = torch.randint(1, point.items + 1, (2, total), generator=generator)
+    times = torch.randint(0, 86_400, (total,), generator=generator).cumsum(0)
+    users = torch.arange(point.users)
+    return Batch(offsets, items[0], times, times + 60, items[1], users, int(lengths.max())).to(device)
+
+
+def time_step(point: Point, device: torch.device, seconds: float) -> float:
+    """Median seconds of a step; on the CPU the time that the process computed."""
+    torch.manual_seed(0)
+    model = RetrievalModel(point.model, point.items, point.loss).to(device)
+    optimizer = make_optimizer(model, OptimConfig())
+    batch = make_batch(point, device)
+    low = device.type == "cuda"
+    clock = time.perf_counter if low else time.process_time
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < WARM_UP_STEPS + LEAST_STEPS or time.perf_counter() - begun < seconds:
+        synchronize(device)
+        start = clock()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            loss = model.loss(batch, len(times))
+        loss.backward()
+        optimizer.step()
+        synchronize(device)
+        times.append(clock() - start)
+    return float(np.median(times[WARM_UP_STEPS:]))
+
+
+def predict(point: Point, device: torch.device, ceilings: Ceilings) -> Step:
+    """What ``hstu-plan`` says of the same step on a machine with these ceilings."""
+    lengths = make_batch(point, torch.device("cpu")).offsets.diff().numpy()
+    gpu, precision = ("h200", "bfloat16") if device.type == "cuda" else ("cpu", "float32")
+    cluster = ClusterConfig(gpu=gpu, gpus=1, peak_tflops=ceilings.product_tflop_s, hbm_gbps=ceilings.copy_gb_s)
+    table = TablePlanConfig(rows=point.items, kind="local", optimizer="adamw")
+    config = PlanConfig(table, cluster, BatchPlanConfig(mean_len=1.0), point.model, point.loss, precision)
+    return plan_step(config, Workload.of_lengths(lengths, point.model))
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, records."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    options = from_arguments(Options, words)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    device = find_device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ceilings = measure_ceilings(device, dtype, cpu_time=True)
+    print(f"ceilings: copy {ceilings.copy_gb_s:,.1f} GB/s, product {ceilings.product_tflop_s:,.3g} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for point in POINTS:
+        if not fnmatch.fnmatch(point.name, options.points):
+            continue
+        step, measured = predict(point, device, ceilings), time_step(point, device, options.seconds)
+        parts = {part.name: round(1e3 * part.seconds, 2) for part in step.parts}
+        rows.append({"point": point.name, "measured_ms": 1e3 * measured, "predicted_ms": 1e3 * step.seconds,
+                     "ratio": step.seconds / measured, "tokens": step.tokens, "parts_ms": parts})  # fmt: skip
+        print(f"{point.name:18} measured {1e3 * measured:8.1f} ms  predicted {1e3 * step.seconds:8.1f} ms  "
+              f"ratio {step.seconds / measured:.2f}  {parts}")  # fmt: skip
+    if options.record:
+        metrics = report.aggregate([{"copy_gb_s": ceilings.copy_gb_s, "product_tflop_s": ceilings.product_tflop_s}])
+        metrics |= report.aggregate([{"predicted_over_measured": row["ratio"]} for row in rows])
+        record = report.Record(
+            name=f"plan-check-{device.type}", kind="training", dataset="random", protocol=None, split_hash=None,
+            model="all", seeds=[0], metrics=metrics, timing={"rows": rows},
+            config={"device": device.type, "threads": torch.get_num_threads()},
+        )  # fmt: skip
+        print(f"written to {report.write_record(record)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
