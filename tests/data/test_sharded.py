@@ -13,8 +13,10 @@ import polars as pl
 import pytest
 
 from hstu.config import DataConfig
+from hstu.config_ranking import ActionConfig, FeatureConfig, RankingConfig, TaskConfig
 from hstu.data import sharded_build, spill
 from hstu.data.hashing import hash_ids, hash_texts, shards_of
+from hstu.data.ranking import RankingData
 from hstu.data.sharded_store import JoinedColumn, ShardedStore, assign_shards
 from hstu.data.splits import kth_smallest, make_event_split, make_split, split_hash
 from hstu.data.store import SequenceStore
@@ -198,6 +200,25 @@ def test_attributes_of_items_and_users(tmp_path: Path) -> None:
 
 
 # The joined view
+
+
+def test_ranking_data_of_shards(tmp_path: Path) -> None:
+    """Labels, action bits and features of every event, by user, as of one store."""
+    raw = write_files(tmp_path / "raw")
+    config = RankingConfig(
+        tasks={"stars": TaskConfig("actions", kind="ordinal", levels=[1, 2, 3, 4, 5])},
+        actions={"price": ActionConfig(kind="thresholds", thresholds=[0.5])},
+        event_features={"device": FeatureConfig(min_count=2)},
+    )
+    found = []
+    for shards in (3, None):
+        store = prepare_log(tmp_path, raw, COLUMNS, shards=shards)
+        data, rows = RankingData(store, config), np.arange(store.num_events)
+        device = data.event_features["device"].take(rows)[0]  # type: ignore[union-attr]
+        values = np.column_stack([data.label("stars", rows), data.action_bits(rows), device])
+        bounds = zip(store.user_raw_ids.tolist(), store.offsets, store.offsets[1:], strict=False)
+        found.append({user: values[a:b].tolist() for user, a, b in bounds})
+    assert found[0] == found[1] and len(found[0]) == 150
 
 
 def test_joined_column_is_indexed_like_an_array() -> None:
