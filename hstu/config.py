@@ -282,6 +282,9 @@ class RunConfig:
     ranks: int | None = None
     """Processes that train together on this machine, each on a GPU of its own where there are GPUs. What is trained
     does not depend on their number. None: one, or those that torchrun has started."""
+    dense: str = "ddp"
+    """With several ranks: ddp (each holds all dense parameters) or fsdp (the encoder's layers lie in parts on them and
+    are gathered while they compute, FSDP2: for large models)."""
     max_restarts: int = 3
     """With ``ranks``: how often they are started again, from the last checkpoint, when one of them dies."""
     timeout_s: float = 600.0
@@ -324,6 +327,7 @@ class RunConfig:
             _check(alpha is None, "run.stochastic_length.alpha", alpha, "null with run.reader=stream")
         _one_of("run.selection", self.selection, ("validation", "reference"))
         _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("run.dense", self.dense, ("ddp", "fsdp"))
         _one_of("run.precision", self.precision, ("float32", "bfloat16"))
         for name in ("keep_last", "eval_every_epochs", "log_every_steps"):
             _check(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")

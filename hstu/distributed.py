@@ -9,8 +9,8 @@ Legend: R ranks, n rows of a rank.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
@@ -158,29 +158,67 @@ class Engine:
 
     A rank's loss counts its share of the sums that the loss divides by, so that the losses of all ranks add up to that
     of one rank; what is averaged is therefore R times each.
+
+    Args:
+        layers: those that lie in parts on the ranks, from :func:`spread_layers`.
     """
 
-    def __init__(self, model: nn.Module, world: World) -> None:
+    def __init__(self, model: nn.Module, world: World, layers: Sequence[Any] = ()) -> None:
         self.module: nn.Module = StepLoss(model, world)
-        if world.size > 1:
-            ddp = nn.parallel.DistributedDataParallel
-            newer = "forward_sync_buffers" in signature(ddp.__init__).parameters
-            options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-            for parameter in model.parameters():
-                if parameter.numel() == 0:  # of features that the config has none of; no gradient ever comes for it
-                    parameter.requires_grad_(False)
-            if world.device.type == "cuda":
-                options["device_ids"] = [world.device]
-            sharded = [f"model.{name}" for name in getattr(model, "sharded_names", [])]
-            ddp._set_params_and_buffers_to_ignore_for_model(self.module, sharded)
-            self.module = ddp(self.module, gradient_as_bucket_view=True, **options)
+        self.layers = layers
+        if world.size == 1:
+            return
+        ddp = nn.parallel.DistributedDataParallel
+        newer = "forward_sync_buffers" in signature(ddp.__init__).parameters
+        options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        for parameter in model.parameters():
+            if parameter.numel() == 0:  # of features that the config has none of; no gradient ever comes for it
+                parameter.requires_grad_(False)
+        if world.device.type == "cuda":
+            options["device_ids"] = [world.device]
+        elsewhere = [*getattr(model, "sharded_names", []), *(n for n, p in model.named_parameters() if in_parts(p))]
+        ddp._set_params_and_buffers_to_ignore_for_model(self.module, [f"model.{name}" for name in elsewhere])
+        self.module = ddp(self.module, gradient_as_bucket_view=True, **options)
 
     def loss(self, batch: Any, seed: int, plan: Any) -> Tensor:
         """This rank's part of the loss, a scalar."""
         return self.module(batch, seed, plan)  # type: ignore[no-any-return]
 
-    def local(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def local(self) -> Iterator[None]:
         """Inside, gradients are added up on each rank; those of the next backward outside are averaged with them."""
-        if isinstance(self.module, nn.parallel.DistributedDataParallel):
-            return self.module.no_sync()
-        return nullcontext()
+        if not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            yield
+            return
+        with self.module.no_sync():
+            for layer in self.layers:
+                layer.set_requires_gradient_sync(False)
+            yield
+            for layer in self.layers:
+                layer.set_requires_gradient_sync(True)
+
+
+def spread_layers(model: nn.Module, world: World) -> list[Any]:
+    """Lays the parameters of the encoder's layers in parts on the ranks (FSDP2), and gives the layers.
+
+    Each is gathered while it computes; every forward of the layers is then one of all ranks. Parameters are replaced:
+    optimizers are made after it.
+    """
+    if world.size == 1:
+        return []
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    layers: Any = model.encoder.layers  # type: ignore[union-attr]
+    return [fully_shard(layer, mesh=mesh) for layer in layers]
+
+
+def in_parts(tensor: Tensor) -> bool:
+    """Whether a tensor lies in parts on the ranks (FSDP2)."""
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank, sharing its memory: its part, or all of it."""
+    return tensor.to_local() if in_parts(tensor) else tensor  # type: ignore[attr-defined, no-any-return]

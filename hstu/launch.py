@@ -92,6 +92,7 @@ def join(run: RunConfig) -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the launcher, in the middle of saying why
         lost = pulse.explain(error) if _is_lost_contact(error) else None
         pulse.stop(failed=True)
         if lost is not None:
@@ -149,8 +150,8 @@ def _is_lost_contact(error: BaseException) -> bool:
 
 def _give_up(pulse: Pulse, why: str) -> None:
     """Ends this process, whose main thread may wait for a rank for ever. Called in the thread of the pulse."""
-    pulse.kill_silent()
     status = conclude(RankLost(why))
+    pulse.kill_silent()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -203,14 +204,18 @@ def conclude(error: BaseException) -> int:
     Under :func:`launch` the report goes to the launching process, and a failure that would come again has the status 0,
     for which ranks are not started again.
     """
-    from hstu.cli import _one_line
-
     folder = os.environ.get(FOLDER)
-    outcome: dict[str, Any] = {"status": 1, "line": _one_line(error)}
-    if isinstance(error, Interrupted):
+    outcome: dict[str, Any] = {"status": 1}
+    if isinstance(error, UserError):  # told without an import, which the launcher might not wait for
+        outcome["line"] = str(error)
+    elif isinstance(error, Interrupted):
         outcome = {"status": error.exit_code, "signal": error.number, "folder": str(error.folder)}
     elif isinstance(error, KeyboardInterrupt):
         outcome = {"status": 130, "line": "interrupted"}
+    else:
+        from hstu.cli import _one_line
+
+        outcome["line"] = _one_line(error)
     if folder is None:
         if first_to_say():
             print(error if isinstance(error, Interrupted) else f"error: {outcome['line']}", file=sys.stderr)

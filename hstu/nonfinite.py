@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hstu.distributed import World
+from hstu.distributed import World, own_part
 
 
 def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World | None = None) -> str | None:
@@ -54,4 +54,4 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World 
 
 
 def _finite(t: Tensor) -> bool:
-    return bool(torch.isfinite(t.detach()).all())
+    return bool(torch.isfinite(own_part(t.detach())).all())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import Config, OptimConfig
-from hstu.distributed import World
+from hstu.distributed import World, in_parts, own_part
 from hstu.table_optim import Rule, TableOptimizer
 
 
@@ -71,8 +71,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig, apart: bool = False) -
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_factor": 1.0},
         {"params": embeddings, "weight_decay": table_decay, "lr_factor": factor},
     ]
+    groups = [g | {"params": part} for g in groups for part in _alike(g["params"])]  # type: ignore[arg-type, operator]
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that are whole on every rank and those that lie in parts, which no fused step takes together."""
+    return [[p for p in parameters if not in_parts(p)], [p for p in parameters if in_parts(p)]]
 
 
 class WeightAverage:
@@ -91,7 +97,8 @@ class WeightAverage:
         """Takes in the parameters as they are now."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.model.parameters()], 1.0 - decay)
+        values, now = [own_part(v) for v in self.values], [own_part(p.detach()) for p in self.model.parameters()]
+        torch._foreach_lerp_(values, now, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -141,10 +148,16 @@ def gradient_norm(model: nn.Module) -> Tensor:
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    parts = [own_part(g) for g in grads if in_parts(g)]
+    norms = torch._foreach_norm([g for g in grads if not in_parts(g)])
+    if parts:
+        squares = torch.stack(torch._foreach_norm(parts)).square().sum()
+        torch.distributed.all_reduce(squares)
+        norms = (*norms, squares.sqrt())
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
     """Scales all gradients by ``min(1, limit / norm)``."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+    torch._foreach_mul_([own_part(p.grad) for p in model.parameters() if p.grad is not None], factor)

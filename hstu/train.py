@@ -33,7 +33,7 @@ from hstu.config import Config, from_dict, to_dict
 from hstu.data.balance import imbalance
 from hstu.data.batches import Prefetcher
 from hstu.data.share import Share
-from hstu.distributed import Engine, World
+from hstu.distributed import Engine, World, own_part, spread_layers
 from hstu.errors import Interrupted, UserError
 from hstu.evaluate import run_device
 from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
@@ -118,8 +118,9 @@ class Trainer:
             raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
         self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
         parameters = self.model.num_parameters()
+        layers = spread_layers(self.model, world) if config.run.dense == "fsdp" else []
         self.optimizers = self._make_optimizers()
-        self.engine = Engine(self.model, world)
+        self.engine = Engine(self.model, world, layers)
         decay = config.optim.average_decay
         self.average = None if decay is None else WeightAverage(self.model, decay)
         run = config.run
@@ -358,7 +359,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """An update can overflow though its gradients were finite: seen here, before anything is saved."""
-        bad = (n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all()))
+        bad = (n for n, p in self.model.named_parameters() if not bool(torch.isfinite(own_part(p)).all()))
         found = [name for name in self.world.gather_objects(next(bad, None)) if name is not None]
         if found:
             self._fail_non_finite(f"parameter {found[0]}", "not computed yet")

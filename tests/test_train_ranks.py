@@ -88,6 +88,11 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": LossConfig(name="shared_bank", num_negatives=16),
     },
     "hstu, in batch": {"loss": LossConfig(name="in_batch", logq_correction=True)},
+    "hstu, layers in parts": {
+        "optim": OptimConfig(lr=3e-3, clip_norm=0.5, average_decay=0.9, accumulate_steps=2),
+        "run_batch_users": 3,
+        "run_dense": "fsdp",
+    },
     "hstu, full softmax, cut": {"loss": LossConfig(name="full_softmax"), "run_batch_tokens": 150},
 }
 
@@ -153,6 +158,18 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_resumes_bit_identical(
     assert final_state(stopped).values["progress"]["global_step"] == 5
     assert set(run_ranks(2, run_steps, narrow(stopped, config), stores["retrieval"])) == {""}
     assert_same_run(whole, stopped)
+
+
+def test_a_run_with_layers_in_parts_goes_on_with_them_whole(tmp_path: Path, stores: dict[str, Path]) -> None:
+    config = retrieval_config(tmp_path, run_epochs=1, optim=OptimConfig(lr=3e-3, average_decay=0.9))
+    apart = dataclasses.replace(config, run=dataclasses.replace(config.run, dense="fsdp"))
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run_ranks(1, run_steps, narrow(whole, config), stores["retrieval"])
+    ended = run_ranks(2, run_steps, narrow(moved, apart), stores["retrieval"], None, {0: 4})
+    assert ended[0].startswith("Interrupted")
+    assert set(run_ranks(1, run_steps, narrow(moved, config), stores["retrieval"])) == {""}
+    losses = [[line["loss"] for line in logged(folder) if "loss" in line] for folder in (whole, moved)]
+    assert losses[1] == pytest.approx(losses[0], rel=3e-6)
 
 
 def test_a_non_finite_value_on_one_rank_stops_all(tmp_path: Path, stores: dict[str, Path]) -> None:

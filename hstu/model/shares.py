@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hstu.distributed import World
+from hstu.distributed import World, in_parts
 
 
 def several(world: World | None) -> bool:
@@ -41,10 +41,12 @@ def split_evenly(value: Tensor, world: World | None) -> Tensor:
 def reached(loss: Tensor, model: nn.Module, apart: Iterable[nn.Module], num_events: int, world: World | None) -> Tensor:
     """``loss``; of an empty share, with a gradient of zero for every parameter, which data-parallel ranks wait for.
 
-    apart: modules whose parameters need none beyond what the loss gives them: the item table, and sharded tables.
+    apart: modules whose parameters need none beyond what the loss gives them: the item table, and sharded tables. Nor
+    do layers in parts on the ranks, which the empty share has gone through.
     """
     if num_events > 0 or not several(world):
         return loss
     left_out = {id(p) for module in apart for p in module.parameters()}
-    zeros = [p.reshape(-1)[:0].sum() for p in model.parameters() if id(p) not in left_out]
+    left = [p for p in model.parameters() if id(p) not in left_out and not in_parts(p)]
+    zeros = [p.reshape(-1)[:0].sum() for p in left]
     return loss + torch.stack([z.to(loss.dtype) for z in zeros]).sum()
