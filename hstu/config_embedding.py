@@ -35,6 +35,9 @@ class EmbeddingConfig:
     """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA)."""
     comm_dtype: str = "float32"
     """sharded only: of the rows and gradients that ranks send each other: float32, float16 or bfloat16 (CUDA)."""
+    pipeline: bool = False
+    """sharded retrieval only: torchrec's TrainPipelineSparseDist, which sends the ids of the next batches to their
+    ranks while this one computes; of use on GPUs. The result is the same."""
     hbm_gib: float | None = None
     """sharded only: GPU memory of a rank that the planner may fill; None: what the device has."""
     ddr_gib: float | None = None
@@ -55,6 +58,7 @@ class EmbeddingConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, f"embedding.{name}", value, "> 0 or null")
         if self.kind == "local":
+            _check(not self.pipeline, "embedding.pipeline", True, "false with embedding.kind=local")
             for name in ("dtype", "comm_dtype"):
                 _check(getattr(self, name) == "float32", f"embedding.{name}", getattr(self, name),
                        "float32 with embedding.kind=local")  # fmt: skip

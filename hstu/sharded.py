@@ -15,6 +15,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class ShardedItemTable(ItemTable):
         self.world = World()
         self._expected: Scored | None = None
         self._rows: Tensor | None = None
+        self._given: tuple[Tensor, Tensor] | None = None
         self._register_state_dict_hook(_to_local_name)
         self.register_load_state_dict_pre_hook(_from_local_name)
 
@@ -74,25 +76,39 @@ class ShardedItemTable(ItemTable):
         if torch.is_inference_mode_enabled():  # fbgemm's lookups are not there in it
             with torch.inference_mode(False), torch.no_grad():
                 return self._fetch(events.clone(), scored.clone())
+        found = self.collection(self.keyed(events, scored))
+        return found[EVENTS].values(), found[SCORED].values()
+
+    def keyed(self, events: Tensor, scored: Tensor) -> Any:
+        """Ids [n] and [K] as the collection takes them."""
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         counts = [len(events), len(scored)]
-        keyed = KeyedJaggedTensor(
+        return KeyedJaggedTensor(
             [EVENTS, SCORED], torch.cat([events.long(), scored.long()]), stride=1, length_per_key=counts,
             lengths=torch.tensor(counts, dtype=torch.int64, device=events.device),
         )  # fmt: skip
-        found = self.collection(keyed)
-        return found[EVENTS].values(), found[SCORED].values()
+
+    @contextmanager
+    def given(self, found: Any, scored: Scored) -> Iterator[None]:
+        """Inside, :meth:`expect` and :meth:`lookup` take what the collection has found already."""
+        self._given, self._expected = (found[EVENTS].values(), found[SCORED].values()), scored
+        try:
+            yield
+        finally:
+            self._given = None
 
     def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:
         self._rows = None
+        if self._given is not None:
+            return
         self._expected = scored_by(loss, self.world, labels, rows, self.num_items, seed)
 
     def lookup(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         expected = self._expected if torch.is_grad_enabled() else None
         scored = flat[:0] if expected is None else expected.ids
-        found, rows = self._fetch(flat, scored)
+        found, rows = self._given or self._fetch(flat, scored)
         if expected is not None:
             self._rows = rows
         found = found.masked_fill((flat == 0)[:, None], 0.0)

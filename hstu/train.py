@@ -47,6 +47,7 @@ from kernels._launch import set_autotune
 
 if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
+    from hstu.sharded_pipeline import Pipeline
 
 __all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
 
@@ -121,6 +122,7 @@ class Trainer:
         layers = spread_layers(self.model, world) if config.run.dense == "fsdp" else []
         self.optimizers = self._make_optimizers()
         self.engine = Engine(self.model, world, layers)
+        self.pipeline = self._make_pipeline()
         decay = config.optim.average_decay
         self.average = None if decay is None else WeightAverage(self.model, decay)
         run = config.run
@@ -240,7 +242,7 @@ class Trainer:
         self.display.start_epoch(epoch, run.epochs, num_steps, progress.step)
         with Prefetcher(lambda step: self._make_input(epoch, step), progress.step, num_steps) as inputs:
             last = time.perf_counter()
-            for step_input in inputs:
+            for step_input in inputs if self.pipeline is None else self.pipeline.through(inputs):
                 loss = self._step(step_input)
                 now = time.perf_counter()
                 self._after_step(step_input, loss, now - last)
@@ -254,8 +256,8 @@ class Trainer:
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, self._rate())  # sharded tables move in the backward
             optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for index, (share, plan) in enumerate(step_input.parts):
+        total = 0.0 if self.pipeline is None else float(self.pipeline.progress()) / self.world.size
+        for index, (share, plan) in enumerate(step_input.parts if self.pipeline is None else ()):
             self.problem.observe(share.batch, plan)
             part = share.num_events / step_input.num_events
             is_last = index == len(step_input.parts) - 1
@@ -308,9 +310,25 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
             return self.engine.loss(batch, seed, plan)
 
+    def _make_pipeline(self) -> Pipeline | None:
+        if not self.config.embedding.pipeline:
+            return None
+        from hstu.sharded_pipeline import Pipeline
+
+        def loss(step_input: StepInput, seed: int) -> Tensor:
+            ((share, plan),) = step_input.parts
+            return self._loss(share.batch, seed, plan) * self.world.size
+
+        def seed_of(ahead: int) -> int:
+            return derive(derive(self.config.seed, STEP_SEED, self.progress.global_step + ahead), 0)
+
+        return Pipeline(self.model, loss, seed_of)
+
     def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
         from hstu.nonfinite import first_non_finite
 
+        if self.pipeline is not None:
+            self.pipeline.detach()
         name = None
         for index, (share, plan) in enumerate(step_input.parts):
             found = partial(self._loss, share.batch, derive(seed, index), plan)

@@ -74,6 +74,18 @@ def test_columns(stores, tmp_path):
             embedding=dataclasses.replace(LOCAL, optimizer="adagrad"))  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_torchrecs_pipeline_changes_nothing(number, stores, tmp_path):
+    changes = {"optim": OptimConfig(lr=3e-3), "run_epochs": 2, "run_batch_users": 40}
+    runs = []
+    for pipeline in (False, True):
+        embedding = dataclasses.replace(sharded(LOCAL, "row_wise"), pipeline=pipeline)
+        config = narrow(tmp_path / f"{pipeline}", make_config(tmp_path, embedding=embedding, **changes))
+        assert run_ranks(number, run_steps, config, stores["retrieval"]) == [""] * number
+        runs.append(logged(tmp_path / f"{pipeline}"))
+    assert runs[0] == runs[1] and len(runs[0]) == 2 * (4 + 1)  # steps of 150 users, and a validation
+
+
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
 def test_ranking_with_its_feature_tables(form, stores, tmp_path):
     compare(tmp_path, stores["ranking"], "ranking", [(1, "auto"), (2, "row_wise"), (4, "table_wise")], form=form,
