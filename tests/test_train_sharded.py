@@ -46,19 +46,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(root: Path) -> Path:
-    return train(sharded_config(root, "stream", run_epochs=6))
+    return train(sharded_config(root, "stream", run_epochs=4))
 
 
 def test_streamed_loss_falls(finished: Path) -> None:
     losses = [line["epoch_loss"] for line in logged(finished) if "epoch_loss" in line]
-    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("stop", [3, 8, 20], ids=["in the first epoch", "at an epoch's end", "later"])
+@pytest.mark.parametrize("stop", [3, 16], ids=["in the first epoch", "at the end of the second"])
 def test_streamed_run_is_resumed_bit_identical(
     root: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    config = sharded_config(root, "unused", run_epochs=6)
+    config = sharded_config(root, "unused", run_epochs=4)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
     step = Trainer._step
 
