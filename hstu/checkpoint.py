@@ -289,7 +289,8 @@ def load(path: Path, world: World | None = None) -> Saved:
         path = old
     found, problem = _open(path, world or World())
     if found is None:
-        raise UserError(f"checkpoint {path} is damaged: {problem}")
+        mend = ": take which=last, or another run" if path.stem == BEST else ""
+        raise UserError(f"checkpoint {path} is damaged ({problem}){mend}")
     return found
 
 

@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(saved, capsys, d
     assert told.count("\n") == 1 and "step-000000003 is damaged" in told and "going back to step 2" in told
     assert pytest.raises(UserError, checkpoint.load, saved / "step-000000003").match(message)
     hurt(saved / "best")
-    with pytest.raises(UserError, match=rf"best is damaged: {message}"):
+    with pytest.raises(UserError, match=rf"best is damaged \(.*{message}.*\): take which=last"):
         checkpoint.load(saved / checkpoint.BEST)
 
 
@@ -282,7 +282,7 @@ def test_a_pickle_in_place_of_json_is_not_run(saved, tmp_path):
 
 def test_a_pickle_in_a_file_of_the_first_format_is_not_run(tmp_path):
     torch.save({"format": 1, "model": Payload(tmp_path / "ran")}, tmp_path / "best.pt")
-    with pytest.raises(UserError, match=r"best\.pt is damaged: it cannot be read \(Weights only load failed"):
+    with pytest.raises(UserError, match=r"best\.pt is damaged \(it cannot be read \(Weights only load failed"):
         checkpoint.load(tmp_path / checkpoint.BEST)
     assert not (tmp_path / "ran").exists()
 
