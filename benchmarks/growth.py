@@ -79,7 +79,7 @@ def data_config(raw: Path, root: Path, shards: int | None) -> DataConfig:
 
 
 def run_task(task: str, raw: Path, root: Path) -> dict[str, Any]:
-    """What the task did: ``users``, ``batches`` (made or trained on; 0 for a preparation), and times if it took them."""
+    """What the task did: ``users``, ``batches`` (made or trained on; 0 for a preparation), times if it took them."""
     if task in ("prepare", "one-store"):
         store = prepare(data_config(raw, root, SHARDS if task == "prepare" else None), quiet=True)
         return {"users": store.num_users, "batches": 0}
@@ -223,7 +223,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(title="processor time, s", xlabel="million events")
     middle.set(title="processor time per event, µs", xlabel="million events", ylim=(0, None))
     right.set(title="peak memory, MiB (dotted: with mapped files)", xlabel="million events", ylim=(0, None))
+    sizes = sorted({r["events"] / 1e6 for r in rows})
     for panel in (left, middle, right):
+        panel.set_xticks(sizes, [f"{s:g}" for s in sizes])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8, frameon=False)
