@@ -136,6 +136,19 @@ def sharding_of(config: EmbeddingConfig, table: str) -> str:
     return config.tables.get(table, config.sharding)
 
 
+def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int) -> list[str]:
+    """What the planner may choose from for a table.
+
+    fbgemm cannot have a shard without rows: a table whose last row-wise block would be empty is not cut by rows.
+    """
+    wanted = sharding_of(config, table.name)
+    allowed = list(SHARDINGS) if wanted == "auto" else [wanted]
+    block = -(-table.num_rows // num_ranks)
+    if block * (num_ranks - 1) >= table.num_rows and num_ranks > 1:
+        allowed = [sharding for sharding in allowed if sharding != "row_wise"]
+    return allowed or ["table_wise"]
+
+
 def fused_params(config: EmbeddingConfig, device: torch.device, lr: float, rule: Rule) -> dict[str, Any]:
     """What fbgemm's kernel is told about the optimizer."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -179,7 +192,7 @@ def make_plan(
     for table in tables:
         wanted = sharding_of(config, table.name)
         constraints[table.name] = ParameterConstraints(
-            sharding_types=list(SHARDINGS) if wanted == "auto" else [wanted],
+            sharding_types=allowed_shardings(config, table, world.size),
             compute_kernels=["fused"],
             min_partition=_column_part(table.dim, world.size) if wanted == "column_wise" else None,
             pooling_factors=list(table.lookups),

@@ -14,7 +14,7 @@ from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables
 from hstu.sharded_init import InitialValues
-from hstu.sharded_plan import TableShape, check_device, check_memory, table_bytes
+from hstu.sharded_plan import TableShape, allowed_shardings, check_device, check_memory, table_bytes
 from tests.ranks import run_ranks
 
 pytest.importorskip("torchrec")
@@ -115,6 +115,40 @@ def planned():
 
 def test_rows_lie_in_blocks_of_one_size():
     assert run_ranks(4, planned) == [3, 3, 3, 1]  # 10 rows with the padding
+
+
+def test_a_table_of_few_rows_lies_on_one_rank():
+    config = EmbeddingConfig("sharded", "sgd", sharding="row_wise")
+    for num_rows, expected in ((16, "row_wise"), (10, "row_wise"), (9, "table_wise"), (3, "table_wise")):
+        assert allowed_shardings(config, TableShape("item", num_rows, 8, (1.0, 1.0)), 4) == [expected], num_rows
+    auto = EmbeddingConfig("sharded", "sgd")
+    assert allowed_shardings(auto, TableShape("item", 3, 8, (1.0, 1.0)), 4) == ["table_wise", "column_wise"]
+    assert allowed_shardings(config, TableShape("item", 1, 8, (1.0, 1.0)), 1) == ["row_wise"]
+
+
+def loss_of_few_items():
+    from hstu.config import LossConfig
+
+    model, tables = make_sharded(World.current(), num_items=2)
+    labels = torch.tensor([1, 2])
+    tables.zero_grad()
+    model.table.expect(labels, LossConfig(name="full_softmax"), 1)
+    queries = model.table.lookup(labels)
+    losses = model.table.full_softmax(queries, labels, 0.1)
+    losses.sum().backward()
+    with torch.inference_mode():
+        ranks = model.table.rank(queries.detach(), labels)
+    return losses.detach(), ranks
+
+
+def test_more_ranks_than_rows():
+    torch.manual_seed(7)
+    table = LocalItemTable(2, DIM)
+    labels = torch.tensor([1, 2])
+    queries = table.lookup(labels)
+    for losses, ranks in run_ranks(4, loss_of_few_items):
+        torch.testing.assert_close(losses, table.full_softmax(queries, labels, 0.1).detach())
+        assert torch.equal(ranks, table.rank(queries, labels))
 
 
 WORLD = World(0, 4)
