@@ -27,7 +27,8 @@ class EmbeddingConfig:
     """Learning rate of the tables, with the schedule of ``optim``; None: ``optim.table_lr`` or ``optim.lr``."""
     sharding: str = "auto"
     """sharded only: auto (torchrec's planner chooses), table_wise, row_wise or column_wise. With column_wise the
-    row-wise optimizers keep a number for each part of a row."""
+    row-wise optimizers keep a number for each part of a row. row_wise leaves a table of few rows, which would give some
+    rank none, on one rank."""
     tables: dict[str, str] = field(default_factory=dict)
     """sharded only: ``sharding`` of single tables by name: ``item``, or that of a feature. data_parallel keeps a
     feature's table whole on every rank."""
