@@ -21,6 +21,7 @@ from hstu.data.sharded_store import JoinedColumn, ShardedStore, assign_shards
 from hstu.data.splits import kth_smallest, make_event_split, make_split, split_hash
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
+from hstu.prepare import print_summary
 from tests.data.logs import log_config, nothing_left, prepare_log
 
 COLUMNS = {"action": "stars", "values": ["price"], "features": ["device"], "optional": ["price"]}
@@ -309,7 +310,7 @@ def test_bad_row_and_empty_result_leave_nothing(tmp_path: Path) -> None:
     assert nothing_left(tmp_path)
 
 
-def test_full_disk_in_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_rows_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_files(tmp_path / "raw")
 
     def full(*_: object, **__: object) -> None:
@@ -342,6 +343,13 @@ def test_mixed_and_missing_shards_are_refused(tmp_path: Path) -> None:
         SequenceStore.open(other.path)
     with pytest.raises(UserError, match="no sequence store at .*00001"):
         SequenceStore.open(store.path)
+
+
+def test_summary_names_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = prepare_log(tmp_path, write_files(tmp_path / "raw"), shards=3)
+    events = [entry["events"] for entry in store.meta["shards"]]
+    print_summary(store, 1.0)
+    assert f"3 shards of {min(events):,} to {max(events):,} events" in capsys.readouterr().out
 
 
 def test_meta_says_how_users_are_spread(tmp_path: Path) -> None:
