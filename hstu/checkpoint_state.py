@@ -69,9 +69,19 @@ def restore_model(saved: Saved, model: nn.Module, world: World | None = None) ->
 
     Raises UserError where the checkpoint is of another model.
     """
+    targets = _model_targets(saved, model)
+    saved.read(targets, world)
+
+
+def _model_targets(saved: Saved, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the model to be read; modules whose state grows (they have ``fit``) make room for it first."""
+    for path, module in model.named_modules():
+        if hasattr(module, "fit"):
+            start = f"model.{path}."
+            module.fit({n.removeprefix(start): s for n, (s, _) in saved.sizes.items() if n.startswith(start)})
     targets = model_state(model)
     _check_names(saved, targets)
-    saved.read(targets, world)
+    return targets
 
 
 def _check_names(saved: Saved, targets: dict[str, Tensor]) -> None:
@@ -91,8 +101,7 @@ def restore_run(
 
     Raises UserError where the checkpoint is of another model or optimizer.
     """
-    targets = model_state(model)
-    _check_names(saved, targets)
+    targets = _model_targets(saved, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     fresh = []
     for optimizer in optimizers:

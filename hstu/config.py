@@ -435,9 +435,13 @@ class Config:
             decay = self.optim.table_weight_decay or 0.0
             _check(decay == 0.0, "optim.table_weight_decay", decay,
                    f"0 or null with embedding.optimizer={self.embedding.optimizer}, which has no decay")  # fmt: skip
+        if self.embedding.ids == "managed":
+            _check(self.ranking is None, "ranking", "a ranking model",
+                   "none with embedding.ids=managed, whose rows follow the items of retrieval; take hash")  # fmt: skip
         if self.model.similarity == "mixture_of_logits":
             beside = "with model.similarity=mixture_of_logits"
             _check(self.ranking is None, "ranking", "a ranking model", f"none {beside}, which retrieves items")
+            _check(self.embedding.ids == "exact", "embedding.ids", self.embedding.ids, f"exact {beside}")
             _check(self.loss.name == "sampled_softmax", "loss.name", self.loss.name, f"sampled_softmax {beside}")
             _check(self.loss.temperature == 1.0, "loss.temperature", self.loss.temperature,
                    f"1 {beside}, whose own model.mixture.temperature divides the logits")  # fmt: skip

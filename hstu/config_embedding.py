@@ -10,6 +10,8 @@ from hstu.errors import one_of as _one_of
 KINDS = ("local", "sharded")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam")
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
+IDS = ("exact", "hash", "managed")
+POLICIES = ("lfu", "lru", "distance_lfu")
 GRID = "; torchrec has a grid for pooled embeddings only, and these are looked up one by one"
 
 
@@ -44,7 +46,21 @@ class EmbeddingConfig:
     ddr_gib: float | None = None
     """sharded only: host memory of a rank that the planner may fill; None: the machine's, divided by its ranks."""
 
+    ids: str = "exact"
+    """Rows of the item table: exact (one for each item), hash (items share ``rows``, by a hash of the id) or managed
+    (torchrec's managed collision: ``rows`` go to the items that ``policy`` prefers, the first to all others)."""
+    rows: int | None = None
+    """hash, managed: rows of the item table, without the padding row."""
+    policy: str = "distance_lfu"
+    """managed: who keeps a row. lfu: the most frequent; lru: the last seen; distance_lfu: the largest count / (updates
+    since last seen) ^ ``policy_decay``."""
+    policy_decay: float = 1.0
+    """distance_lfu: the exponent; 0 is lfu."""
+    evict_every: int = 10
+    """managed: training steps between updates of the map, in which new items get rows and old ones lose theirs."""
+
     def __post_init__(self) -> None:
+        self._check_ids()
         _one_of("embedding.kind", self.kind, KINDS)
         _one_of("embedding.optimizer", self.optimizer, ("adamw", *TABLE_OPTIMIZERS))
         _check(self.lr is None or self.lr > 0, "embedding.lr", self.lr, "> 0 or null")
@@ -66,3 +82,16 @@ class EmbeddingConfig:
         else:
             _check(self.optimizer != "adamw", "embedding.optimizer", self.optimizer,
                    f"one of {', '.join(TABLE_OPTIMIZERS)} with embedding.kind=sharded")  # fmt: skip
+
+    def _check_ids(self) -> None:
+        _one_of("embedding.ids", self.ids, IDS)
+        _one_of("embedding.policy", self.policy, POLICIES)
+        _check(self.policy_decay >= 0, "embedding.policy_decay", self.policy_decay, ">= 0")
+        _check(self.evict_every >= 1, "embedding.evict_every", self.evict_every, ">= 1")
+        if self.ids == "exact":
+            _check(self.rows is None, "embedding.rows", self.rows, "null with embedding.ids=exact, a row for each item")
+            return
+        least = 1 if self.ids == "hash" else 2
+        why = "" if self.ids == "hash" else ", as one is for the items without a row"
+        _check(self.rows is not None and self.rows >= least, "embedding.rows", self.rows,
+               f">= {least} with embedding.ids={self.ids}{why}")  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config import LossConfig
+from hstu.counted_rank import counted_rank
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rank_and_topk import rank, topk
 from kernels.sampled_softmax import bank_softmax, sampled_softmax
@@ -25,10 +26,19 @@ NORM_EPS = 1e-6
 """Lower bound of the norm in the L2 normalisation (PROTOCOL section 3)."""
 
 
+def initial_rows(num_rows: int, dim: int, seed: int) -> Tensor:
+    """Initial values [num_rows, dim] by ``seed``, for rows that begin anew; drawn on the CPU."""
+    values = torch.empty(num_rows, dim)
+    generator = torch.Generator().manual_seed(seed)
+    return nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+
+
 class ItemTable(nn.Module, ABC):
     """Embeddings of items 1..num_items; id 0 is padding, looks up zeros and is never scored."""
 
     num_items: int
+    num_live: int
+    """Ids 1..num_live are drawn, summed over and ranked; fewer than num_items where rows are given as items come."""
     dim: int
     l2_normalize: bool
     """Queries and embeddings are L2-normalised before every dot product (not in :meth:`lookup`)."""
@@ -36,6 +46,11 @@ class ItemTable(nn.Module, ABC):
     def embeddings(self) -> list[nn.Module]:
         """Modules whose parameters are embedding tables of ids."""
         return [self]
+
+    def for_loss(self, labels: Tensor, weights: Tensor | None) -> tuple[ItemTable, Tensor, Tensor | None]:
+        """Of a training step with labels [L] and weights [L] of its positions: the table that the loss scores, the
+        labels as ids of it, and the weights."""
+        return self, labels, weights
 
     def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:  # noqa: B027
         """Says what the step that begins will score, so that one exchange between ranks fetches all of its rows.
@@ -79,6 +94,13 @@ class ItemTable(nn.Module, ABC):
     ) -> Tensor:  # fmt: skip
         """Exact ranks float64 [B] of targets [B] among all items but the jagged seen_ids [S], seen_offsets [B + 1]."""
 
+    def counted_rank(
+        self, queries: Tensor, targets: Tensor, counts: Tensor, seen_ids: Tensor, seen_offsets: Tensor, chunk_mib: float
+    ) -> Tensor:  # fmt: skip
+        """Ranks float64 [B] where each id stands for counts [num_live + 1] float64 items, as of
+        :func:`hstu.counted_rank.counted_rank`."""
+        raise NotImplementedError(f"{type(self).__name__} has one item an id")
+
     @abstractmethod
     def topk(
         self, queries: Tensor, k: int, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
@@ -109,6 +131,7 @@ class LocalItemTable(ItemTable):
         if not eps > 0:
             raise ValueError(f"eps={eps!r}: expected > 0")
         self.num_items, self.dim, self.l2_normalize, self.eps = num_items, dim, l2_normalize, eps
+        self.num_live = num_items
         self.weight = nn.Parameter(torch.empty(num_items + 1, dim))
         self.reset_parameters(generator)
 
@@ -117,6 +140,11 @@ class LocalItemTable(ItemTable):
         with torch.no_grad():
             nn.init.trunc_normal_(self.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
             self.weight[0].zero_()
+
+    @property
+    def live(self) -> Tensor:
+        """The rows of ids 0..num_live."""
+        return self.weight if self.num_live == self.num_items else self.weight[: self.num_live + 1]
 
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, dim={self.dim}, l2_normalize={self.l2_normalize}"
@@ -130,7 +158,7 @@ class LocalItemTable(ItemTable):
         seed: int = 0, temperature: float = 0.05, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         return sampled_softmax(
-            queries, self.weight, labels, negatives, num_negatives, seed, temperature, self.l2_normalize, self.eps,
+            queries, self.live, labels, negatives, num_negatives, seed, temperature, self.l2_normalize, self.eps,
             rows=rows,
         )  # fmt: skip
 
@@ -139,7 +167,7 @@ class LocalItemTable(ItemTable):
         label_log_q: Tensor | None = None, temperature: float = 0.05,
     ) -> Tensor:  # fmt: skip
         return bank_softmax(
-            queries, self.weight, labels, bank_ids, log_q, label_log_q, temperature, self.l2_normalize, self.eps
+            queries, self.live, labels, bank_ids, log_q, label_log_q, temperature, self.l2_normalize, self.eps
         )
 
     def full_softmax(
@@ -147,17 +175,24 @@ class LocalItemTable(ItemTable):
         weights: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         return linear_cross_entropy(
-            queries, self.weight, labels, temperature, self.l2_normalize, self.eps, chunk_mib, weights
+            queries, self.live, labels, temperature, self.l2_normalize, self.eps, chunk_mib, weights
         )
 
     def rank(
         self, queries: Tensor, targets: Tensor, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
         chunk_mib: float = 64,
     ) -> Tensor:  # fmt: skip
-        return rank(queries, self.weight, targets, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib)
+        return rank(queries, self.live, targets, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib)
+
+    def counted_rank(
+        self, queries: Tensor, targets: Tensor, counts: Tensor, seen_ids: Tensor, seen_offsets: Tensor, chunk_mib: float
+    ) -> Tensor:  # fmt: skip
+        return counted_rank(
+            queries, self.live, targets, counts, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib
+        )
 
     def topk(
         self, queries: Tensor, k: int, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
         chunk_mib: float = 64,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return topk(queries, self.weight, k, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib)
+        return topk(queries, self.live, k, seen_ids, seen_offsets, self.l2_normalize, self.eps, chunk_mib)

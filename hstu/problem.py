@@ -40,6 +40,7 @@ from hstu.ranking_evaluate import (
     undefined_metrics,
 )
 from hstu.seeding import derive, seed_everything
+from hstu.vocabulary import unknown_shares
 
 if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
@@ -130,7 +131,9 @@ class Retrieval(Problem):
 
     def validate(self) -> dict[str, float]:
         result = evaluate(self.model, self.store, self.targets, self.config, self.device, self.world)
-        return metrics.summarize(result.ranks, self.config.eval.ks)
+        kept = Targets(result.users, result.rows)
+        unknown = unknown_shares(self.model, self.store, kept, self.config.model.max_len)
+        return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown}
 
     def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
         result = evaluate(self.model, self.store, self.split.test, self.config, self.device, self.world)

@@ -200,7 +200,8 @@ def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceS
     saved = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
     if saved is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
-    whole = dataclasses.replace(config, embedding=EmbeddingConfig())  # sharded or not, one process has all of a table
+    fields = {f: getattr(config.embedding, f) for f in ("ids", "rows", "policy", "policy_decay", "evict_every")}
+    whole = dataclasses.replace(config, embedding=EmbeddingConfig(**fields))  # one process has all of a table
     model: nn.Module = build_model(whole, store)
     restore_model(saved, model)
     return config, store, model.eval()

@@ -56,6 +56,7 @@ class ShardedItemTable(ItemTable):
         if not has_torchrec():
             raise UserError("embedding.kind=sharded: expected torchrec and fbgemm-gpu; see hstu-doctor, or take local")
         self.num_items, self.dim, self.l2_normalize, self.eps = num_items, dim, l2_normalize, eps
+        self.num_live = num_items
         self.initial = InitialValues.take(num_items + 1, dim, _truncated_normal)
         self.collection: Any = make_collection({TABLE: (num_items + 1, [EVENTS, SCORED])}, dim, "meta", dtype)
         self.world = World()
@@ -102,7 +103,7 @@ class ShardedItemTable(ItemTable):
         self._rows = None
         if self._given is not None:
             return
-        self._expected = scored_by(loss, self.world, labels, rows, self.num_items, seed)
+        self._expected = scored_by(loss, self.world, labels, rows, self.num_live, seed)
 
     def lookup(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
@@ -150,6 +151,11 @@ class ShardedItemTable(ItemTable):
     ) -> Tensor:  # fmt: skip
         return sharded_rank(self._scoring(chunk_mib), queries, targets, seen_ids, seen_offsets)
 
+    def counted_rank(
+        self, queries: Tensor, targets: Tensor, counts: Tensor, seen_ids: Tensor, seen_offsets: Tensor, chunk_mib: float
+    ) -> Tensor:  # fmt: skip
+        return sharded_rank(self._scoring(chunk_mib), queries, targets, seen_ids, seen_offsets, counts)
+
     def topk(
         self, queries: Tensor, k: int, seen_ids: Tensor | None = None, seen_offsets: Tensor | None = None,
         chunk_mib: float = 64,
@@ -160,7 +166,7 @@ class ShardedItemTable(ItemTable):
         def fetch(ids: Tensor) -> Tensor:
             return self._fetch(ids[:0], ids)[1]
 
-        return Scoring(self.world, self.num_items, self.l2_normalize, self.eps, chunk_mib, fetch)
+        return Scoring(self.world, self.num_live, self.l2_normalize, self.eps, chunk_mib, fetch)
 
 
 def _truncated_normal(block: Tensor, generator: torch.Generator) -> None:

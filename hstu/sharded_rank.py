@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hstu.counted_rank import before
 from hstu.distributed import World
 from hstu.sharded_losses import Block, Positions
 from kernels._common import l2_normalize, no_autocast, rows_within
@@ -82,10 +83,14 @@ class _Pieces:
 
     def hide(self, first: int, scores: Tensor) -> None:
         """Takes the seen items out of a piece."""
+        scores[self.hidden_in(first)] = -torch.inf
+
+    def hidden_in(self, first: int) -> tuple[Tensor, Tensor]:
+        """Users who have seen items of the piece that begins at ``first``, and the columns of these."""
         users, ids = self.hidden
         bounds = torch.searchsorted(ids, torch.tensor([first, first + self.size], device=ids.device)).tolist()
         part = slice(*bounds)
-        scores[users[part], ids[part] - first] = -torch.inf
+        return users[part], ids[part] - first
 
     def check(self) -> None:
         """Raises ValueError on every rank where a score of any of them was not finite."""
@@ -95,9 +100,11 @@ class _Pieces:
 
 @torch.no_grad()
 def sharded_rank(
-    how: Scoring, queries: Tensor, targets: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None
-) -> Tensor:
-    """Exact ranks float64 [U] of targets [U], see ``kernels.rank_and_topk.rank``."""
+    how: Scoring, queries: Tensor, targets: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None,
+    items: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Exact ranks float64 [U] of targets [U], see ``kernels.rank_and_topk.rank``; with items [num_items + 1] float64 on
+    each id, see :func:`hstu.counted_rank.counted_rank`."""
     with no_autocast(queries.device):
         pieces = _Pieces(how, queries, seen_ids, seen_offsets)
         all_targets = pieces.users.gather(targets.long())
@@ -108,14 +115,28 @@ def sharded_rank(
             target_scores[users] = scores[users, columns]
         pieces.users.total(target_scores)
         counts = torch.zeros(len(all_targets), dtype=torch.float64, device=queries.device)  # better + equal / 2
-        for first, _, scores in kept or pieces:
+        for first, size, scores in kept or pieces:
+            if items is not None:
+                counts += _items_before(pieces, first, size, scores, target_scores, items)
+                continue
             pieces.hide(first, scores)
             users, columns = _targets_in(first, pieces, all_targets)
             scores[users, columns] = -torch.inf  # a candidate that does not count against itself
             counts += _count(torch.gt(scores, target_scores[:, None], out=torch.empty_like(scores)))
             counts += 0.5 * _count(torch.eq(scores, target_scores[:, None], out=scores))
         pieces.check()
-        return 1.0 + pieces.users.total(counts)[pieces.users.own]
+        ranks = pieces.users.total(counts)[pieces.users.own]
+        return ranks + (1.0 if items is None else 0.5)  # counted, the target is among the items of its id
+
+
+def _items_before(
+    pieces: _Pieces, first: int, size: int, scores: Tensor, target: Tensor, items: Tensor
+) -> Tensor:  # fmt: skip
+    """[A]: items of the ``size`` ids from ``first`` on that come before the target. items: of every id."""
+    users, columns = pieces.hidden_in(first)
+    counts = items.new_zeros(scores.shape[1])
+    counts[:size] = items[first : first + size]
+    return before(scores, target, counts, users, columns)
 
 
 def _targets_in(first: int, pieces: _Pieces, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from hstu.progress import Display
 from hstu.runs import open_store, run_folder
 from hstu.seeding import derive
 from hstu.train import Interrupted, Trainer
+from hstu.vocabulary import unknown_shares
 
 if TYPE_CHECKING:
     from hstu.data.share import Share
@@ -87,7 +88,8 @@ class StreamRetrieval(Problem):
         if len(kept) == 0:
             return {}
         result = evaluate(self.model, day.store, kept, self.config, self.device, self.world)
-        return {**metrics.summarize(result.ranks, self.config.eval.ks), "targets": len(result)}
+        unknown = unknown_shares(self.model, day.store, kept, self.config.model.max_len)
+        return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown, "targets": len(result)}
 
     def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
         raise RuntimeError("a stream holds nothing out at its end: its numbers are those of the days")

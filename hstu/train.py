@@ -42,6 +42,7 @@ from hstu.problem import Problem, make_problem
 from hstu.progress import Display
 from hstu.runs import agree_on_run, describe, load_run, lock_folder, open_store, run_folder
 from hstu.seeding import derive
+from hstu.vocabulary import Vocabulary
 from kernels._backend import OPS, choose, set_backend
 from kernels._launch import set_autotune
 
@@ -123,6 +124,7 @@ class Trainer:
         self.optimizers = self._make_optimizers()
         self.engine = Engine(self.model, world, layers)
         self.pipeline = self._make_pipeline()
+        self.vocabulary = Vocabulary(self.model, config.seed, world)
         decay = config.optim.average_decay
         self.average = None if decay is None else WeightAverage(self.model, decay)
         run = config.run
@@ -142,6 +144,8 @@ class Trainer:
         self.loggers: list[Logger] = []
         world.on_first(self._open_logs)
         display.start_run(config, store, self.data, parameters, world, folder, self.progress.global_step)
+        for line in self.vocabulary.notes() if world.is_first else ():
+            display.say(line)
 
     def _make_problem(self) -> Problem:
         return make_problem(self.config, self.store, self.world, self.folder)
@@ -256,6 +260,7 @@ class Trainer:
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, self._rate())  # sharded tables move in the backward
             optimizer.zero_grad(set_to_none=True)
+        self.vocabulary.begin_step([share.batch for share, _ in step_input.parts], self.optimizers, self.average)
         total = 0.0 if self.pipeline is None else float(self.pipeline.progress()) / self.world.size
         for index, (share, plan) in enumerate(step_input.parts if self.pipeline is None else ()):
             self.problem.observe(share.batch, plan)
@@ -361,7 +366,8 @@ class Trainer:
             num_batches = min(progress.step * self.config.optim.accumulate_steps, self.data.num_steps(progress.epoch))
             saved = self.data.savings(progress.epoch, num_batches)
             uneven = {"imbalance": step_input.imbalance} if self.world.size > 1 else {}
-            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s, **saved, **uneven})
+            known = self.vocabulary.report()
+            self._log({"loss": loss, "lr": rate, "events_per_s": events_per_s, **saved, **uneven, **known})
         if self.stopping is not None:
             self._save()
             raise Interrupted(self.stopping, self.folder)

@@ -166,7 +166,7 @@ class MixtureTable(ItemTable):
 
     def __init__(self, num_items: int, dim: int, config: MixtureConfig) -> None:
         super().__init__()
-        self.num_items, self.dim, self.l2_normalize = num_items, dim, False
+        self.num_items, self.num_live, self.dim, self.l2_normalize = num_items, num_items, dim, False
         self.items = LocalItemTable(num_items, dim, l2_normalize=False)
         self.mixture = MixtureOfLogits(config, dim)
 

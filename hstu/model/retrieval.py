@@ -5,6 +5,8 @@ Legend: B users, L total events, D model width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from hstu.config import LossConfig, ModelConfig
@@ -12,6 +14,7 @@ from hstu.config_embedding import EmbeddingConfig
 from hstu.data.batches import Batch
 from hstu.distributed import World
 from hstu.embedding import NORM_EPS, ItemTable, LocalItemTable
+from hstu.item_rows import MappedTable, make_item_rows
 from hstu.model.encoder import make_encoder
 from hstu.model.losses import make_loss
 from hstu.model.mixture import MixtureTable
@@ -75,9 +78,10 @@ class RetrievalModel(nn.Module):
         """
         assert self.loss_fn is not None and self.loss_config is not None
         own_seed, rows = derive(seed, NEGATIVES_SEED), batch.random_rows
-        self.table.expect(batch.labels, self.loss_config, own_seed, rows)
+        table, labels, weights = self.table.for_loss(batch.labels, batch.weights)
+        table.expect(labels, self.loss_config, own_seed, rows)
         queries = self.encode(batch, plan, derive(seed, DROPOUT_SEED))
-        loss = self.loss_fn(queries, batch.labels, batch.weights, self.table, own_seed, rows, world)
+        loss = self.loss_fn(queries, labels, weights, table, own_seed, rows, world)
         return reached(loss, self, self.tables(), batch.num_events, world)
 
     def tables(self) -> list[nn.Module]:
@@ -94,8 +98,13 @@ class RetrievalModel(nn.Module):
 
 
 def make_table(config: ModelConfig, num_items: int, embedding: EmbeddingConfig | None = None) -> ItemTable:
-    """The item table that ``config.similarity`` and ``embedding`` pick."""
-    if embedding is not None and embedding.kind == "sharded":
+    """The item table that ``config.similarity`` and ``embedding`` pick, over rows for items as they come or not."""
+    embedding = embedding or EmbeddingConfig()
+    item_rows = make_item_rows(num_items, embedding)
+    if item_rows is not None:
+        rows = make_table(config, item_rows.num_rows, replace(embedding, ids="exact", rows=None))
+        return MappedTable(item_rows, rows)
+    if embedding.kind == "sharded":
         from hstu.sharded import ShardedItemTable
 
         return ShardedItemTable(num_items, config.dim, l2_normalize=config.l2_normalize, dtype=embedding.dtype)

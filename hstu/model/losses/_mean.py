@@ -48,4 +48,9 @@ def weighted_mean(loss: Tensor, weights: Tensor | None, world: World | None = No
             return loss.mean(dtype=dtype)
         return loss.sum(dtype=dtype) / over_ranks(torch.tensor(loss.shape[0], device=loss.device), world)
     weights = weights.to(dtype)
-    return (loss * weights).sum() / over_ranks(weights.sum(), world)
+    return (loss * weights).sum() / weight_of_all(weights, world)
+
+
+def weight_of_all(weights: Tensor, world: World | None = None) -> Tensor:
+    """Sum over the positions of all ranks, as a divisor: a step in which nothing counts has a loss of 0."""
+    return over_ranks(weights.sum(), world).clamp(min=torch.finfo(weights.dtype).tiny)

@@ -8,8 +8,7 @@ from torch import Tensor
 from hstu.config import LossConfig
 from hstu.distributed import World
 from hstu.embedding import ItemTable
-from hstu.model.losses._mean import Loss, check_weights
-from hstu.model.shares import over_ranks
+from hstu.model.losses._mean import Loss, check_weights, weight_of_all
 
 
 def make_full_softmax(config: LossConfig) -> Loss:
@@ -22,7 +21,7 @@ def make_full_softmax(config: LossConfig) -> Loss:
         check_weights(labels, weights, world)
         share = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
         # The shares are known before the pass, which lets the op make its gradients in the same pass.
-        share = share / over_ranks(share.sum(), world)
+        share = share / weight_of_all(share, world)
         return table.full_softmax(queries, labels, config.temperature, config.chunk_mib, share)
 
     return loss

@@ -25,7 +25,7 @@ def draw_bank(num_items: int, size: int, seed: int, device: torch.device) -> Ten
 def make_shared_bank(config: LossConfig) -> Loss:
     """Label against a bank of ``config.num_negatives`` items; the label's own copies in the bank do not count.
 
-    With ``logq_correction`` the log of how often an item is expected in the bank, K / num_items, is
+    With ``logq_correction`` the log of how often an item is expected in the bank, K / num_live, is
     subtracted from the bank's logits, so that their sum estimates the sum over the whole catalogue. The
     label is in the sum with certainty: its correction is log 1 = 0. (Subtracting the same number from
     the label as well would cancel for a uniform bank.)
@@ -37,10 +37,10 @@ def make_shared_bank(config: LossConfig) -> Loss:
     ) -> Tensor:  # fmt: skip
         check_weights(labels, weights, world)
         size = config.num_negatives
-        bank_ids = draw_bank(table.num_items, size, seed, labels.device)  # [K]
+        bank_ids = draw_bank(table.num_live, size, seed, labels.device)  # [K]
         log_q = None
         if config.logq_correction:
-            expected = math.log(size / table.num_items)
+            expected = math.log(size / table.num_live)
             log_q = torch.full((size,), expected, dtype=torch.float32, device=labels.device)
         losses = table.bank_softmax(queries, labels, bank_ids, log_q, temperature=config.temperature)  # [L]
         return weighted_mean(losses, weights, world)

@@ -1,0 +1,157 @@
+"""What a run does about items that have no row of their own: keeps the map up to date, starts rows anew, and tells.
+
+Legend: n rows, D width, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hstu.baselines import expand
+from hstu.distributed import World
+from hstu.embedding import ItemTable, LocalItemTable, initial_rows
+from hstu.item_rows import UNKNOWN, HashedRows, ItemRows, ManagedRows, MappedTable
+from hstu.optim import WeightAverage
+from hstu.seeding import derive
+
+if TYPE_CHECKING:
+    from hstu.data.batches import Batch
+    from hstu.data.splits import Targets
+    from hstu.data.store import SequenceStore
+
+RESET_SEED = 13
+"""Purpose number of the seed of the values of rows that are given to other items."""
+_USERS = 4096
+"""Users whose histories are looked at at a time."""
+
+
+class Vocabulary:
+    """The items of one training run, on every rank alike."""
+
+    def __init__(self, model: nn.Module, seed: int, world: World) -> None:
+        table = model.table
+        self.model, self.seed, self.world = model, seed, world
+        self.item_rows: ItemRows | None = table.item_rows if isinstance(table, MappedTable) else None
+
+    @torch.no_grad()
+    def begin_step(
+        self, batches: Sequence[Batch], optimizers: Sequence[torch.optim.Optimizer], average: WeightAverage | None
+    ) -> None:
+        """Before a step on ``batches`` of this rank: takes their ids in, and starts anew the rows given to other items.
+
+        All ids count that the step reads or predicts (positions of weight 0 predict nothing).
+        """
+        rows = self.item_rows
+        if not isinstance(rows, ManagedRows):
+            return
+        inputs = torch.cat([batch.item_ids for batch in batches])
+        labels = torch.cat([b.labels if b.weights is None else b.labels[b.weights != 0] for b in batches])
+        taken = rows.take_in(self.world.gather(torch.cat([inputs, labels])))
+        if len(taken):
+            seed = derive(self.seed, RESET_SEED, int(rows.step))
+            reset_rows(self.model, taken, seed, optimizers, average)
+        found = [len(inputs), num_unknown(rows, inputs), len(labels), num_unknown(rows, labels)]
+        rows.since += self.world.sum(torch.tensor(found, device=inputs.device))
+
+    def report(self) -> dict[str, float]:
+        """Share of inputs and labels without a row since the last call; rows in use and items that have lost theirs."""
+        if not isinstance(self.item_rows, ManagedRows):
+            return {}
+        inputs, unknown_inputs, labels, unknown_labels = self.item_rows.since.tolist()
+        self.item_rows.since.zero_()
+        return {
+            "oov_inputs": unknown_inputs / max(1, inputs),
+            "oov_labels": unknown_labels / max(1, labels),
+            "rows_used": self.item_rows.num_known,
+            "evictions": int(self.item_rows.evicted),
+        }
+
+    def notes(self) -> list[str]:
+        """Said at the start."""
+        rows = self.item_rows
+        if isinstance(rows, HashedRows):
+            sharing, expected = rows.sharing()
+            return [
+                f"embedding.ids=hash: {rows.num_items:,} items on {rows.num_rows:,} rows; {sharing:,} "
+                f"({sharing / rows.num_items:.1%}) share theirs with another, expected {expected:.1%}"
+            ]
+        if isinstance(rows, ManagedRows):
+            return [
+                f"embedding.ids=managed: {rows.num_items:,} items, {rows.num_rows - 1:,} rows for those in use "
+                f"({rows.num_known:,} given), one for the others"
+            ]
+        return []
+
+
+def num_unknown(rows: ItemRows, ids: Tensor) -> int:
+    """Ids without a row of their own. A hash has a row for every item."""
+    return int((rows.rows(ids) == UNKNOWN).sum()) if isinstance(rows, ManagedRows) else 0
+
+
+def unknown_shares(model: nn.Module, store: SequenceStore, targets: Targets, max_len: int) -> dict[str, float]:
+    """Shares without a row, as of :meth:`Vocabulary.report`, of what an evaluation of ``targets`` reads and asks for;
+    {} where every item has a row."""
+    rows = model.table.item_rows if isinstance(model.table, MappedTable) else None
+    if not isinstance(rows, ManagedRows):
+        return {}
+    item_ids, offsets, device = store.item_ids, np.asarray(store.offsets), rows.waiting.device
+    counts = np.zeros(4, np.int64)
+
+    def count(place: int, ids: np.ndarray) -> None:
+        found = torch.from_numpy(np.asarray(ids, np.int64)).to(device)
+        counts[place : place + 2] += (len(ids), num_unknown(rows, found))
+
+    for start in range(0, len(targets), _USERS):
+        users, ends = targets.users[start : start + _USERS], np.asarray(targets.rows[start : start + _USERS])
+        count(0, item_ids[expand(np.maximum(offsets[users], ends - max_len), ends)[0]])
+        count(2, item_ids[ends])
+    return {"oov_inputs": counts[1] / max(1, counts[0]), "oov_labels": counts[3] / max(1, counts[2])}
+
+
+@torch.no_grad()
+def reset_rows(
+    model: nn.Module, rows: Tensor, seed: int, optimizers: Sequence[torch.optim.Optimizer],
+    average: WeightAverage | None,
+) -> None:  # fmt: skip
+    """Gives rows [n] of the item table initial values by ``seed``, and its optimizer's state of them zeros."""
+    table: ItemTable = model.table.rows  # type: ignore[assignment, union-attr]
+    values = initial_rows(len(rows), table.dim, seed)
+    if isinstance(table, LocalItemTable):
+        values = values.to(table.weight)
+        table.weight[rows] = values
+        for optimizer in optimizers:
+            for state in optimizer.state.get(table.weight, {}).values():
+                if isinstance(state, Tensor) and state.dim() and len(state) == len(table.weight):
+                    state[rows] = 0.0
+        if average is not None:
+            place = next(i for i, p in enumerate(model.parameters()) if p is table.weight)
+            average.values[place][rows] = values
+        return
+    weight = table.collection.state_dict()["embeddings.item.weight"]  # type: ignore[operator, union-attr]
+    _write(weight, rows, values, table.num_items + 1)
+    for optimizer in optimizers:
+        states = optimizer.states() if hasattr(optimizer, "states") else {}
+        for field in states.get("table.rows.weight", {}).values():
+            if hasattr(field, "local_shards"):
+                _write(field, rows, None, table.num_items + 1)
+
+
+def _write(sharded: Any, rows: Tensor, values: Tensor | None, num_rows: int) -> None:
+    """Writes rows [n] of what this rank has of a sharded tensor. values: [n, D]; None: zeros.
+
+    Of one number a row, those of the parts of columns stand one after another: each part has all ``num_rows``.
+    """
+    for part in sharded.local_shards():
+        local, offsets = part.tensor.detach(), part.metadata.shard_offsets
+        place = rows.to(local.device) - (offsets[0] % num_rows)
+        inside = (place >= 0) & (place < len(local))
+        if values is None:
+            local[place[inside]] = 0.0
+        else:
+            own = values[:, offsets[1] : offsets[1] + local.shape[1]].to(local)
+            local[place[inside]] = own[inside]
