@@ -161,6 +161,11 @@ def _part(features: Features, keys: tuple[str, ...]) -> Features:
     return Features(keys, joined, features.lengths[:0], tuple(counts[key] for key in keys), features.numbers)
 
 
+def local_name(name: str) -> str:
+    """Of a parameter of a table that stays whole, the name that it has among local tables."""
+    return name.replace("replicas.embeddings.", "collection.embeddings.")
+
+
 def _to_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key in module.whole:
         name = f"embeddings.{_table_name(key)}.weight"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hstu.config import Config, OptimConfig
 from hstu.distributed import World, in_parts, own_part
-from hstu.table_optim import Rule, TableOptimizer
+from hstu.table_optim import ReplicatedTables, Rule, TableOptimizer
 
 
 def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torch.optim.Optimizer]:
@@ -25,15 +25,18 @@ def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torc
         rate = config.embedding.lr or config.optim.table_lr
         return [make_optimizer(model, dataclasses.replace(config.optim, table_lr=rate))]
     optimizers: list[torch.optim.Optimizer] = []
+    rule, rate = table_rule(config), table_rate(config)
     whole = {p: None for module in model.tables() for p in module.parameters()}  # type: ignore[operator]
     if config.embedding.kind == "sharded":
+        from hstu.feature_tables import local_name
         from hstu.sharded import shard
 
         optimizers.append(shard(model, config, world))
         sharded = set(model.sharded_names)  # type: ignore[arg-type]
-        whole = {p: None for name, p in model.named_parameters() if p in whole and name not in sharded}
-    if whole:
-        rule, rate = table_rule(config), table_rate(config)
+        named = {local_name(n): p for n, p in model.named_parameters() if p in whole and n not in sharded}
+        if named:
+            optimizers.append(ReplicatedTables(named, rule, rate, rate / config.optim.lr))
+    else:
         optimizers.append(TableOptimizer(whole, rule, rate, rate / config.optim.lr))
     return [make_optimizer(model, config.optim, apart=True), *optimizers]
 

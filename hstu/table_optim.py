@@ -8,7 +8,7 @@ Legend: n rows of a table, D their width, t touched rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +134,18 @@ class TableOptimizer(torch.optim.Optimizer):
                 if table.grad is not None:
                     rows, grad = touched(table.grad)
                     self.rule.update(table, rows, grad, state, group["lr"], int(state["step"]))
+
+
+class ReplicatedTables(TableOptimizer):
+    """Of tables that stay whole on every rank beside sharded ones; ``states`` has the names of local tables.
+
+    tables: those names, as in a state_dict of the model, and the tables.
+    """
+
+    def __init__(self, tables: Mapping[str, Tensor], rule: Rule, lr: float, lr_factor: float = 1.0) -> None:
+        super().__init__(tables.values(), rule, lr, lr_factor)
+        self.named = tables
+
+    def states(self) -> dict[str, State]:
+        """State by name and field, sharing its memory."""
+        return {name: dict(self.state[table]) for name, table in self.named.items()}

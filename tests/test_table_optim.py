@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hstu.config_embedding import TABLE_OPTIMIZERS
-from hstu.table_optim import Rule, TableOptimizer, touched
+from hstu.table_optim import ReplicatedTables, Rule, TableOptimizer, touched
 
 FBGEMM_ON_CPU = {"sgd": "EXACT_SGD", "adagrad": "EXACT_ADAGRAD", "rowwise_adagrad": "EXACT_ROWWISE_ADAGRAD"}
 
@@ -139,3 +139,13 @@ def test_state_is_restored():
         table.grad = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
         optimizer.step()
     assert torch.equal(tables[0], tables[1])
+
+
+def test_replicated_tables_have_their_state_by_name():
+    table = make_table([[1.0, 2.0]])
+    optimizer = ReplicatedTables({"tables.collection.embeddings.genre.weight": table}, Rule("adagrad"), lr=0.1)
+    states = optimizer.states()
+    table.grad = torch.tensor([[2.0, 3.0]])
+    optimizer.step()
+    state = states["tables.collection.embeddings.genre.weight"]  # shares its memory
+    assert state["momentum1"].tolist() == [[4.0, 9.0]] and int(state["step"]) == 1
