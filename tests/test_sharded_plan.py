@@ -312,3 +312,15 @@ def test_one_process_needs_no_launcher():
         assert model.table.lookup(torch.tensor([1, 2])).shape == (2, DIM)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_pipeline_wants_a_retrieval_model_with_a_sharded_table():
+    from hstu.config import HSTUConfig
+    from hstu.model.retrieval import RetrievalModel
+    from hstu.sharded_pipeline import Pipeline
+
+    model = RetrievalModel(HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8), 5)
+    with pytest.raises(UserError, match="embedding.pipeline=true: expected a retrieval model with .*sharded"):
+        Pipeline(model, lambda step_input, seed: torch.zeros(()), lambda ahead: ahead)
+    with pytest.raises(UserError, match="embedding.pipeline=True: expected false with embedding.kind=local"):
+        EmbeddingConfig(pipeline=True)
