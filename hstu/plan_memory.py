@@ -25,6 +25,7 @@ from hstu.errors import UserError
 from hstu.plan_config import DTYPE_BYTES, PlanConfig
 from hstu.sharded_plan import _column_part as column_part
 from hstu.sharded_plan import state_bytes
+from kernels._common import CACHE_MIB, MIN_ROWS
 
 GIB = 2.0**30
 FLOAT, INT64, INT32 = 4, 8, 4
@@ -36,6 +37,8 @@ CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
 same)."""
 DRAW_BYTES = INT32 + 2 + INT64
 """Of one negative while its owner is found: the id, two masks, a running count."""
+SOFTMAX_LAYER_ROWS = 9
+"""Float32 rows of width D a token that the backward of a SASRec or Transformer layer needs at once."""
 PAIR_BLOCK = 64
 """The torch path lays out time buckets for whole blocks of so many query rows (kernels/attention/layout.py)."""
 
@@ -179,6 +182,18 @@ def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
     return kept + slots * (dim * low + heads * FLOAT)
 
 
+def layer_workspace(config: PlanConfig, work: Workload) -> float:
+    """What the backward pass of one layer needs beside what is kept; measured on the CPU, as docs/plan.md says."""
+    model, low = config.model, config.activation_bytes
+    if isinstance(model, HSTUConfig):  # the projection once more and its gradient
+        width = 2 * model.num_heads * (model.v_dim + model.qk_dim)
+        return work.tokens * (2 * low * width + FLOAT * model.dim)
+    needed = SOFTMAX_LAYER_ROWS * work.tokens * FLOAT * model.dim
+    if config.torch_path or not (isinstance(model, SASRecConfig) and model.dropout):
+        return needed
+    return needed + 2 * FLOAT * model.num_heads * work.users * work.longest**2  # gradients of the padded weights
+
+
 def input_bytes(config: PlanConfig, work: Workload) -> float:
     """The batch and what all layers share: the plan of the attention."""
     columns = work.tokens * INT64 * BATCH_COLUMNS
@@ -302,7 +317,6 @@ def _torch_loss(config: PlanConfig, work: Workload) -> LossMemory:
     tokens, row = work.tokens, FLOAT * config.model.dim
     rows, count, name = config.embedding.rows + 1, config.loss.num_negatives, config.loss.name
     l2 = config.model.l2_normalize
-    chunk = min(config.loss.chunk_mib * 2.0**20, tokens * rows * FLOAT)
     stats = tokens * 2 * FLOAT if l2 else 0.0
     table = rows * (row + 2 * FLOAT) if l2 else 0.0
     queries = tokens * row * (2 if l2 else 1) + stats
@@ -311,10 +325,18 @@ def _torch_loss(config: PlanConfig, work: Workload) -> LossMemory:
         return LossMemory(kept, tokens * count * (INT32 + FLOAT) + rows * row)
     if name == "full_softmax":
         given = tokens * row + rows * row  # the gradients, made in the forward pass
-        return LossMemory(given + (tokens * row + stats + rows * 2 * FLOAT if l2 else 0.0), chunk + rows * row)
+        kept = given + (tokens * row + stats + rows * 2 * FLOAT if l2 else 0.0)
+        return LossMemory(kept, _block_bytes(config, tokens, rows) + rows * row)
     bank = count if name == "shared_bank" else distinct(tokens, config.embedding.rows)
     kept = 2 * queries + bank * (row * (2 if l2 else 1) + INT64 + (2 * FLOAT if l2 else 0)) + tokens * 3 * FLOAT
-    return LossMemory(kept, min(chunk, tokens * bank * FLOAT) + 2 * rows * row)
+    return LossMemory(kept, _block_bytes(config, tokens, bank) + 2 * rows * row)
+
+
+def _block_bytes(config: PlanConfig, positions: float, columns: float) -> float:
+    """Of the block of logits that the torch path has at a time; on the CPU it stays in the cache."""
+    row = columns * FLOAT
+    rows = min(config.loss.chunk_mib * 2.0**20 / row, max(MIN_ROWS, CACHE_MIB * 2.0**20 / row), positions)
+    return max(1.0, rows) * row
 
 
 def _triton_loss(config: PlanConfig, work: Workload) -> LossMemory:
@@ -397,6 +419,7 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     whole = float(table.rows + 1) * config.model.dim * FLOAT if is_replicated(config) else 0.0
     loss, kept = loss_memory(config, work), saved_bytes(config, work)
     early = loss.draws - sum(part.bytes for part in kept)
+    layer = layer_workspace(config, work) - loss.kept  # by then the loss has given back what it kept
     parts = [
         Part("table", rows + extra),
         Part("table optimizer", state),
@@ -404,7 +427,7 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
         Part("gradients", dense + whole),
         Part("dense optimizer (AdamW)", 2 * dense),
         *(Part(f"kept: {part.name}", part.bytes) for part in kept),
-        Part("workspace", max(loss.workspace, 2 * layer_bytes(config, work), early)),
+        Part("workspace", max(loss.workspace, layer, early)),
         Part("communication", communication_buffers(config, work, dense + whole)),
     ]
     hbm = sheet.hbm_gib * GIB

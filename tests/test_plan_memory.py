@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -147,6 +148,44 @@ def test_weights_gradients_and_optimizer(name: str) -> None:
     moments = [v for s in optimizer.state.values() for v in s.values() if v.dim() > 0]
     states = parts.of("table optimizer") + parts.of("dense optimizer (AdamW)")
     assert states == sum(v.numel() * v.element_size() for v in moments)
+
+
+PEAKS = {
+    "hstu": (HSTUConfig(dim=128, num_heads=4, qk_dim=32, v_dim=32, num_blocks=3), "sampled"),
+    "hstu, wide values": (HSTUConfig(dim=64, num_heads=4, qk_dim=16, v_dim=64, num_blocks=3), "bank"),
+    "sasrec": (SASRecConfig(dim=128, num_blocks=3, num_heads=4, ffn_dim=256), "sampled"),
+    "transformer": (TransformerConfig(dim=128, num_blocks=3, num_heads=4, ffn_dim=256), "full"),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peak_of_a_step(name: str) -> None:
+    """Of what torch allocates: kept, workspace and gradients."""
+    model_config, loss = PEAKS[name]
+    config, batch = planned(model_config, LOSSES[loss]), make_batch(np.tile(LENGTHS, 2), ITEMS)
+    model = RetrievalModel(config.model, ITEMS, config.loss)
+    plan = model.encoder.plan(batch)
+    model.loss(batch, 1, plan).backward()  # buffers that live on are there
+    for parameter in model.parameters():
+        parameter.grad = None
+    measured = allocated_peak(lambda: model.loss(batch, 1, plan).backward())
+    work = Workload.of_lengths(np.tile(LENGTHS, 2), config.model)
+    memory = plan_memory(config, work)
+    kept = planned_kept(config, np.tile(LENGTHS, 2)) - memory.of("kept: batch and plan")
+    assert kept + memory.of("workspace") + memory.of("gradients") == pytest.approx(measured, rel=0.1)
+
+
+def allocated_peak(task: Callable[[], None]) -> int:
+    """Most bytes that torch had allocated at a time beyond those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        task()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 # Arithmetic
