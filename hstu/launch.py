@@ -314,7 +314,11 @@ def _raise_outcome(path: Path, failure: str | None, number: int | None, folder: 
 def _environment(run: RunConfig, folder: str) -> Iterator[None]:
     """What the ranks inherit: where to report, their share of the threads, one machine's network."""
     assert run.ranks is not None
-    values = {FOLDER: folder, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // run.ranks))}
+    values = {
+        FOLDER: folder,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // run.ranks)),
+    }
     if "lo" in (name for _, name in socket.if_nameindex()):
         values["GLOO_SOCKET_IFNAME"] = "lo"
     before = dict(os.environ)
