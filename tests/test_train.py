@@ -168,6 +168,12 @@ def test_same_seed_same_run_other_seed_other_run(finished, tmp_path):
     assert logged(train(other)) != logged(folder)
 
 
+def test_saving_beside_the_training_changes_nothing(finished, tmp_path):
+    config, folder = finished
+    run = dataclasses.replace(config.run, dir=str(tmp_path / "r"), save_in_background=False, save_every_steps=1)
+    assert_same_run(folder, train(dataclasses.replace(config, run=run)))
+
+
 def command(config: Config, **more: str) -> list[str]:
     """The command line of ``config``."""
     values = {
