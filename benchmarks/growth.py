@@ -175,15 +175,13 @@ def measure_size(num_events: int, folder: Path, one_store: bool, tasks: tuple[st
         for task in tasks:
             if task == "one-store" and not one_store:
                 continue
-            found = run_child(task, raw, root)
+            found = run_child(task, raw, folder / "one" if task == "one-store" else root)
             row = {"events": num_events, "task": task, **found}
             row["cpu_us_per_event"] = round(1e6 * found["cpu_s"] / num_events, 3)
             if task == "train":  # some steps, whatever the size: a step is the unit
                 row["cpu_us_per_event"] = round(1e6 * found["cpu_s"] / (TRAIN_STEPS * BATCH_USERS * MAX_LEN), 3)
             print(json.dumps(row), flush=True)
             rows.append(row)
-            if task == "one-store":
-                shutil.rmtree(root)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return rows

@@ -23,7 +23,7 @@ from hstu import checkpoint, metrics, report
 from hstu.allocator import keep_freed_memory
 from hstu.checkpoint_state import model_state
 from hstu.cli import command, run_hydra
-from hstu.config import Config, build, from_dict
+from hstu.config import Config, DataConfig, build, from_dict
 from hstu.config_stream import FREE_ON_RESUME, StreamConfig
 from hstu.data.days import SAMPLE_SEED, Day, DayBatches, Days, StoreDays
 from hstu.data.splits import Split, Targets
@@ -40,6 +40,10 @@ from hstu.vocabulary import unknown_shares
 if TYPE_CHECKING:
     from hstu.data.share import Share
 
+NOT_WATCHED = (
+    "items_file", "users_file", "min_user_events", "min_item_events", "dedup", "max_events", "max_items", "shards",
+)  # fmt: skip
+"""Options of ``data`` that need the whole log."""
 MANY_DAYS = 1_000_000
 """In place of the number of days where they still arrive."""
 
@@ -214,8 +218,13 @@ def _check(config: Config, stream: StreamConfig) -> None:
     check(config.run.reader == "draw", "run.reader", config.run.reader, f"draw {beside}, which reads days")
     check(config.run.ranks in (None, 1), "run.ranks", config.run.ranks, f"null {beside}")
     check(stream.watch is None or config.data.source == "log", "stream.watch", stream.watch, "null, or data=log")
-    check(stream.watch is None or config.loss.event_weights == "none", "loss.event_weights",
-          config.loss.event_weights, "none with stream.watch")  # fmt: skip
+    if stream.watch is not None:
+        check(config.loss.event_weights == "none", "loss.event_weights", config.loss.event_weights,
+              "none with stream.watch")  # fmt: skip
+        usual = DataConfig()
+        for name in NOT_WATCHED:
+            value, default = getattr(config.data, name), getattr(usual, name)
+            check(value == default, f"data.{name}", value, f"{default!r} with stream.watch, which knows no whole log")
 
 
 def _make_days(config: Config, stream: StreamConfig, folder: Path) -> Days:

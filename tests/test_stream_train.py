@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hstu import stream_train as module
-from hstu.config import Config, OptimConfig
+from hstu.config import Config, DataConfig, OptimConfig
 from hstu.config_stream import StreamConfig
 from hstu.data.watch import StreamSource
 from hstu.errors import UserError
@@ -170,8 +170,10 @@ def test_a_watched_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"run_reader": "stream"}, {}, "run.reader='stream': expected draw with hstu-stream"),
         ({"run_ranks": 2}, {}, "run.ranks=2: expected null with hstu-stream"),
         ({}, {"watch": "folder"}, "stream.watch='folder': expected null, or data=log"),
+        ({"data": DataConfig(source="log", dedup="last")}, {"watch": "x"}, "data.dedup='last': expected 'none' with"),
+        ({"data": DataConfig(source="log", items_file="x")}, {"watch": "x"}, "data.items_file='x': expected None with"),
     ],
-    ids=["schedule", "reader", "ranks", "watch"],
+    ids=["schedule", "reader", "ranks", "watch", "dedup", "items"],
 )
 def test_what_a_stream_does_not_take(
     tmp_path: Path, changes: dict[str, Any], stream: dict[str, Any], message: str
