@@ -293,7 +293,7 @@ def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
 
     embedding = config.embedding
     tables = table_shapes(model, config, world)
-    ensure_process_group()
+    ensure_process_group(world.device)
     rate, rule = table_rate(config), table_rule(config)
     with quiet():
         params = fused_params(embedding, world.device, rate, rule)
@@ -317,10 +317,11 @@ def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
         return FusedTables(dmp, collections, rule, rate, rate / config.optim.lr)
 
 
-def ensure_process_group() -> None:
+def ensure_process_group(device: torch.device) -> None:
     """torchrec wants a process group, be it of this process alone."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
