@@ -27,9 +27,7 @@ from hstu.plan_screen import show
 from hstu.plan_search import Plan, mends, smallest_cluster
 from hstu.plan_torchrec import Sharding, plan_sharding
 
-NOT_VALIDATED = (
-    "times: not validated on a GPU; memory: counted on the CPU within 10 %, the allocator's part of it (reserve) is not"
-)
+NOT_VALIDATED = "Times are not validated on a GPU. Memory is checked on the CPU to 10 %; what a GPU's allocator adds is the reserve."
 
 
 def resolve_sharding(config: PlanConfig) -> tuple[PlanConfig, Sharding | None]:

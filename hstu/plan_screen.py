@@ -138,7 +138,7 @@ def _conclusions(
         ))  # fmt: skip
     else:
         lines.append(Text("Does not fit: limited by memory", style="bold red"))
-    few = "none up to 32,768 GPUs fits" if smallest is None else f"{smallest} GPUs"
+    few = "none up to 32,768 GPUs fits" if smallest is None else f"{smallest} GPU{'s' * (smallest > 1)}"
     lines.append(Text(f"Smallest cluster of this kind that fits: {few}"))
     if both_ways is not None:
         queries_s, rows_s = (sum(t.seconds for t in way) for way in both_ways)

@@ -11,6 +11,8 @@ from hstu.plan_memory import Memory, Workload, is_replicated, plan_memory
 
 MOST_GPUS = 2**15
 """No larger cluster is looked for."""
+COLUMN_UNIT = 4
+"""Widths of column shards are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def mends(config: PlanConfig) -> list[Mend]:
         for option, value in (("dtype", "bfloat16"), ("optimizer", "rowwise_adagrad"), ("sharding", "row_wise"),
                               ("sharding", "column_wise"), ("placement", "uvm_caching"),
                               ("placement", "uvm")):  # fmt: skip
-            if getattr(table, option) != value:
+            cannot = value == "column_wise" and config.model.dim % COLUMN_UNIT
+            if getattr(table, option) != value and not cannot:
                 changes.append((_options({option: value}), config.with_table(**{option: value})))
         if table.dtype == "float32" and table.optimizer != "rowwise_adagrad":
             options = {"dtype": "bfloat16", "optimizer": "rowwise_adagrad"}

@@ -176,6 +176,13 @@ def test_mends_are_named_with_what_they_need() -> None:
     assert found["embedding.optimizer=rowwise_adagrad"].plan.memory.total / GIB < plan.memory.total / GIB - 0.9 * state
 
 
+def test_mends_leave_out_what_a_width_does_not_allow() -> None:
+    """50 columns cannot be cut into multiples of 4."""
+    config = planned(TablePlanConfig(rows=10**10, sharding="row_wise"), gpus=2)
+    narrow = replace(config, model=HSTUConfig(), batch=BatchPlanConfig())
+    assert not any("column_wise" in mend.option for mend in mends(narrow))
+
+
 # torchrec
 
 
