@@ -27,7 +27,10 @@ from hstu.plan_screen import show
 from hstu.plan_search import Plan, mends, smallest_cluster
 from hstu.plan_torchrec import Sharding, plan_sharding
 
-NOT_VALIDATED = "Times are not validated on a GPU. Memory is checked on the CPU to 10 %; what a GPU's allocator adds is the reserve."
+NOT_VALIDATED = (
+    "Times are not validated on a GPU. Memory is checked on the CPU to 10 %; what a GPU's allocator adds is in the "
+    "reserve."
+)
 
 
 def resolve_sharding(config: PlanConfig) -> tuple[PlanConfig, Sharding | None]:
