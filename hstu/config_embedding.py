@@ -11,7 +11,7 @@ KINDS = ("local", "sharded")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam")
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
 IDS = ("exact", "hash", "managed")
-POLICIES = ("lfu", "lru", "distance_lfu")
+POLICIES = ("lru", "lfu", "distance_lfu")
 GRID = "; torchrec has a grid for pooled embeddings only, and these are looked up one by one"
 
 
@@ -51,9 +51,9 @@ class EmbeddingConfig:
     (torchrec's managed collision: ``rows`` go to the items that ``policy`` prefers, the first to all others)."""
     rows: int | None = None
     """hash, managed: rows of the item table, without the padding row."""
-    policy: str = "distance_lfu"
-    """managed: who keeps a row. lfu: the most frequent; lru: the last seen; distance_lfu: the largest count / (updates
-    since last seen) ^ ``policy_decay``."""
+    policy: str = "lru"
+    """managed: who keeps a row. lru: the last seen; lfu: the most frequent, which never forgets; distance_lfu: the largest
+    count / (updates since last seen) ^ ``policy_decay``, in between: old items stay long, rare ones stay out."""
     policy_decay: float = 1.0
     """distance_lfu: the exponent; 0 is lfu."""
     evict_every: int = 10

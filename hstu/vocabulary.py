@@ -44,14 +44,15 @@ class Vocabulary:
     ) -> None:
         """Before a step on ``batches`` of this rank: takes their ids in, and starts anew the rows given to other items.
 
-        All ids count that the step reads or predicts (positions of weight 0 predict nothing).
+        What the step predicts counts (positions of weight 0 predict nothing): every event once a pass over the log. What
+        it reads would count old events again with every new one of their user, and keep the rows of what is gone.
         """
         rows = self.item_rows
         if not isinstance(rows, ManagedRows):
             return
         inputs = torch.cat([batch.item_ids for batch in batches])
         labels = torch.cat([b.labels if b.weights is None else b.labels[b.weights != 0] for b in batches])
-        taken = rows.take_in(self.world.gather(torch.cat([inputs, labels])))
+        taken = rows.take_in(self.world.gather(labels))
         if len(taken):
             seed = derive(self.seed, RESET_SEED, int(rows.step))
             reset_rows(self.model, taken, seed, optimizers, average)
