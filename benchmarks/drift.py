@@ -4,7 +4,7 @@
 
 Every day ``new`` items appear and as many are given up; an item lives ``live / new`` days. What a user takes next is,
 with probability ``follow``, what follows the last item in a fixed order, else any item of the day. Printed as a table
-for docs/log.md: the mean over days of what each model, trained on the days before, ranks of the first event of every user.
+for docs/log.md: means over days, each model having trained on the days before, of the first event of every user.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Drift:
     """Of these, how many were not there the day before."""
     follow: float = 0.7
     rows: int = 200
-    evict_every: int = 10
+    evict_every: int = 1
     policy: str = "lru"
     seed: int = 0
     seeds: list[int] | None = None

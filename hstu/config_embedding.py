@@ -52,12 +52,13 @@ class EmbeddingConfig:
     rows: int | None = None
     """hash, managed: rows of the item table, without the padding row."""
     policy: str = "lru"
-    """managed: who keeps a row. lru: the last seen; lfu: the most frequent, which never forgets; distance_lfu: the largest
-    count / (updates since last seen) ^ ``policy_decay``, in between: old items stay long, rare ones stay out."""
+    """managed: who keeps a row. lru: the last seen; lfu: the most frequent, which never forgets; distance_lfu, between
+    the two: the largest count / (updates since last seen) ^ ``policy_decay``."""
     policy_decay: float = 1.0
     """distance_lfu: the exponent; 0 is lfu."""
-    evict_every: int = 10
-    """managed: training steps between updates of the map, in which new items get rows and old ones lose theirs."""
+    evict_every: int = 1
+    """managed: training steps between updates of the map, in which new items get rows and old ones lose theirs. An
+    update sorts all rows (on one CPU core 0.04 s with 1e5, 0.3 s with 1e6, 6 s with 1e7)."""
 
     def __post_init__(self) -> None:
         self._check_ids()

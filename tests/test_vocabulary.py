@@ -1,0 +1,192 @@
+"""Training with fewer rows than items: evictions, resume, ranks, what is logged, a log whose items come and go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.drift import Drift, measure, write_log
+from hstu.config import Config, OptimConfig
+from hstu.config_embedding import EmbeddingConfig
+from hstu.embedding import initial_rows
+from hstu.item_rows import ManagedRows, MappedTable
+from hstu.progress import Display
+from hstu.recommend import Recommender
+from hstu.runs import load_run, open_store
+from hstu.seeding import derive
+from hstu.train import Interrupted, Trainer, train
+from hstu.vocabulary import RESET_SEED, unknown_shares
+from tests.ranks import run_ranks
+from tests.test_train import assert_same_run, final_state, logged, make_config
+from tests.test_train_ranks import narrow, run_steps
+
+pytest.importorskip("torchrec")
+
+MANAGED = EmbeddingConfig(ids="managed", rows=20, evict_every=3, optimizer="rowwise_adagrad", lr=0.05)
+
+
+def managed_config(root: Path, name: str = "run", **changes: Any) -> Config:
+    return make_config(root, name, **{"optim": OptimConfig(lr=1e-2), "embedding": MANAGED, **changes})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vocabulary")
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> Path:
+    return train(managed_config(root))
+
+
+def test_told_in_every_step_and_at_validation(finished: Path) -> None:
+    lines = logged(finished)
+    steps = [line for line in lines if "kind" not in line]
+    names = {"oov_inputs", "oov_labels", "rows_used", "evictions"}
+    assert all(names <= line.keys() for line in steps)
+    assert steps[0]["rows_used"] > 0 and steps[-1]["rows_used"] == 19
+    evictions = [line["evictions"] for line in steps]
+    assert evictions == sorted(evictions) and evictions[-1] > evictions[0] == 0
+    config, store, model = load_run(finished, "last")
+    saved = final_state(finished).tensors("model.")
+    assert int(saved["table.item_rows.evicted"]) == evictions[-1]
+    # The shares at validation, by the map that the run ended with.
+    from hstu.data.splits import make_split
+
+    targets = make_split(store, "validation").validation
+    assert targets is not None
+    known = set(model.table.item_rows.items().tolist())
+    histories = [
+        store.item_ids[max(store.offsets[u], r - 20) : r] for u, r in zip(targets.users, targets.rows, strict=True)
+    ]
+    asked, read = store.item_ids[targets.rows], np.concatenate(histories)
+    expected = {
+        "oov_inputs": np.mean([i not in known for i in read]), "oov_labels": np.mean([i not in known for i in asked])
+    }  # fmt: skip
+    assert unknown_shares(model, store, targets, 20) == pytest.approx(expected)
+    assert {name: lines[-1][name] for name in expected} == pytest.approx(expected) and lines[-1]["kind"] == "validation"
+
+
+@pytest.mark.parametrize("stop", [2, 7, 14], ids=["between updates", "later", "in the second epoch"])
+def test_resumed_bit_identical(
+    root: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    config = narrow_dir(managed_config(root, "unused"), tmp_path / "stopped")
+    step = Trainer._step
+
+    def step_then_signal(self: Trainer, step_input: Any) -> float:
+        if self.progress.global_step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, step_input)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_then_signal)
+        with pytest.raises(Interrupted):
+            train(config)
+    waiting = final_state(tmp_path / "stopped").tensors("model.")["table.item_rows.waiting"]
+    assert (len(waiting) > 0) == (stop % 3 != 1), "the map is renewed in steps 0, 3, 6, ..."
+    assert_same_run(finished, train(config))
+
+
+def narrow_dir(config: Config, folder: Path) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+
+
+RESETS = [("adamw", "local"), *((o, k) for o in ("rowwise_adagrad", "adam") for k in ("local", "sharded"))]
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), RESETS, ids=["-".join(case) for case in RESETS])
+def test_a_row_that_changes_its_item_starts_anew(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kind: str
+) -> None:
+    embedding = dataclasses.replace(MANAGED, kind=kind, optimizer=optimizer, rows=8, policy="lfu")
+    config = managed_config(root, embedding=embedding)
+    trainer = Trainer(config, open_store(config), tmp_path / kind, Display(False, shown=False))
+    taken: list[torch.Tensor] = []
+    take_in, loss, found = ManagedRows.take_in, trainer._loss, {}
+
+    def watched(*args: Any) -> Any:
+        if len(taken[-1]):  # the rows began anew and have not moved yet
+            found.update(table_and_state(trainer), taken=taken[-1], step=int(trainer.model.table.item_rows.step))
+        return loss(*args)
+
+    monkeypatch.setattr(ManagedRows, "take_in", lambda self, ids: taken.append(take_in(self, ids)) or taken[-1])
+    monkeypatch.setattr(trainer, "_loss", watched)
+    for step in range(10):
+        trainer._step(trainer._make_input(0, step))
+        trainer.progress.global_step += 1
+    trainer.world.on_first(trainer._lock.close)
+    assert found, "some row changed its item"
+    values = initial_rows(len(found["taken"]), 8, derive(config.seed, RESET_SEED, found["step"]))
+    assert torch.equal(found["weight"][found["taken"]], values)
+    kept = sorted(set(range(2, 9)) - set(found["taken"].tolist()))
+    assert found["state"], "the optimizer has a state by row"
+    for state in found["state"]:
+        assert not state[found["taken"]].any() and state[kept].any()
+
+
+def table_and_state(trainer: Trainer) -> dict[str, Any]:
+    """The rows of the item table, and the optimizer's tensors by row."""
+    if trainer.config.embedding.kind == "local":
+        weight = trainer.model.table.rows.weight
+        fields = next(o.state[weight] for o in trainer.optimizers if o.state.get(weight))
+    else:
+        weight = trainer.model.state_dict()["table.rows.weight"].local_shards()[0].tensor
+        states = trainer.optimizers[1].states()["table.rows.weight"]  # type: ignore[attr-defined]
+        fields = {n: v.local_shards()[0].tensor for n, v in states.items() if hasattr(v, "local_shards")}
+    by_row = [v.detach().clone() for v in fields.values() if v.dim() and len(v) == len(weight)]
+    return {"weight": weight.detach().clone(), "state": by_row}
+
+
+@pytest.mark.parametrize("kind", ["local", "sharded"])
+def test_two_ranks_train_the_run_of_one(root: Path, tmp_path: Path, kind: str) -> None:
+    store = open_store(managed_config(root)).path
+
+    def config(name: str, kind: str) -> Config:
+        embedding = dataclasses.replace(MANAGED, kind=kind)
+        return narrow(tmp_path / name, managed_config(root, embedding=embedding, run_save_every_epochs=None))
+
+    one, two = config("one", "local"), config("two", kind)
+    assert run_ranks(1, run_steps, one, store, 10) == ["Stop: "]
+    assert run_ranks(2, run_steps, two, store, 10) == ["Stop: "] * 2
+    expected, found = (
+        [{k: v for k, v in line.items() if k != "imbalance"} for line in logged(Path(str(c.run.dir)))]
+        for c in (one, two)
+    )
+    assert len(expected) == len(found) == 11 and expected[9]["evictions"] > 0
+    assert expected[10]["kind"] == "validation"
+    for a, b in zip(expected, found, strict=True):
+        assert {k: b[k] for k in a if isinstance(a[k], str)} == {k: a[k] for k in a if isinstance(a[k], str)}
+        a, b = ({k: v for k, v in line.items() if not isinstance(v, str)} for line in (a, b))
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_a_finished_run_recommends_items(finished: Path) -> None:
+    config, store, model = load_run(finished)
+    assert isinstance(model.table, MappedTable) and config.embedding.rows == 20
+    recommender = Recommender(config, store, model, "cpu")
+    known = {store.item_raw_ids[i - 1].item() for i in model.table.item_rows.items().tolist() if i}
+    found = {
+        item.item for item in recommender.recommend(store.user_raw_ids[0].item(), k=10, filter_history="full").items
+    }
+    seen = {store.item_raw_ids[i - 1].item() for i in store.item_ids[: store.offsets[1]]}
+    assert found == found & known - seen and len(found) == min(10, len(known - seen))
+
+
+def test_where_items_come_and_go_managed_rows_beat_hashed_ones(tmp_path: Path) -> None:
+    drift = Drift(str(tmp_path), days=6, users=150, live=60, new=20, rows=80)
+    write_log(drift, tmp_path / "raw" / "log.csv")
+    hashed, managed = measure(drift, "hash", 0), measure(drift, "managed", 0)
+    assert drift.num_items == 160, "twice the rows"
+    assert managed["hr@10 late"] > 1.5 * hashed["hr@10 late"]
+    assert managed["evictions"] >= 160 - 80 - drift.live
+    days = json.loads((tmp_path / "managed-0" / "days.json").read_text())["days"]
+    assert 0 < days[-1]["oov_labels"] < 0.5 and 0 <= days[-1]["oov_inputs"] < 0.5
