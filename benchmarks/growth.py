@@ -187,12 +187,25 @@ def measure_size(num_events: int, folder: Path, one_store: bool, tasks: tuple[st
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Time per event and anonymous memory of each task, smallest to largest log, as one line of a table."""
+    sizes = sorted({r["events"] for r in rows})
+    found: dict[str, Any] = {"million_events": ", ".join(f"{s / 1e6:g}" for s in sizes)}
+    for task in TASKS[:-1]:
+        measured = sorted((r for r in rows if r["task"] == task), key=lambda r: r["events"])
+        if measured:
+            found[f"{task}_cpu_us_per_event"] = ", ".join(f"{r['cpu_us_per_event']:.2f}" for r in measured)
+            found[f"{task}_mib"] = ", ".join(str(r["anonymous_mib"]) for r in measured)
+    return found
+
+
 def make_record(rows: list[dict[str, Any]]) -> Record:
     return Record(
         name="growth-sharded", kind="preparation", dataset="generated logs, 50 events a user, 200,000 items",
         protocol="reference", split_hash=None, model="", seeds=[0], metrics={},
-        timing={"rows": rows},
+        timing=summary(rows),
         config={
+            "rows": rows,
             "command": "python -m benchmarks.growth", "shards": SHARDS, "memory_mib": MEMORY_MIB,
             "polars_threads": THREADS, "events_per_file": EVENTS_PER_FILE, "batch_users": BATCH_USERS,
             "buffer_users": BUFFER_USERS, "max_len": MAX_LEN, "train_steps": TRAIN_STEPS,

@@ -1,6 +1,6 @@
 """Training batches from a sharded store, read in sequence: each rank its own shards, through a shuffle buffer.
 
-Against :class:`hstu.data.batches.TrainBatches`, which draws each batch from all users and keeps about 40 bytes a user,
+Against :class:`hstu.data.batches.TrainBatches`, which draws each batch from all users and keeps about 85 bytes a user,
 this reads every file from front to back and holds the events of one buffer. The price: a batch mixes the users of a
 few shards, and which users meet depends on the number of ranks.
 
