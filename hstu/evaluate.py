@@ -321,6 +321,7 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation | dict[str, Any]:
     from rich.console import Console
 
     from hstu.train import load_run
+    from hstu.vocabulary import unknown_shares
 
     run = Path(str(options["run"])).expanduser()
     config, store, model = load_run(run, which=options["which"])
@@ -337,13 +338,18 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation | dict[str, Any]:
     started = time.perf_counter()
     result = evaluate(model.to(device), store, targets, config, device)
     evaluation = assess(config, store, split, result)
+    unknown = unknown_shares(model, store, Targets(result.users, result.rows), config.model.max_len)
     seconds = time.perf_counter() - started
     console = Console()
     show(evaluation, config, store, part, console)
+    if unknown:
+        console.print("without a row of their own: {oov_inputs:.1%} of the inputs, {oov_labels:.1%} of the items "
+                      "asked for".format(**unknown))  # fmt: skip
     usual = part == "test" and options["which"] == "best" and config.eval == trained_eval
     # evaluation.json stays what the training wrote: the best checkpoint on test with the run's own options
     path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
-    report.write_json(path, evaluation_json(config, store, evaluation, part, options["which"]) | {"seconds": seconds})
+    content = evaluation_json(config, store, evaluation, part, options["which"])
+    report.write_json(path, content | unknown | {"seconds": seconds})
     console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False)
     return evaluation
 

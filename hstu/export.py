@@ -58,13 +58,27 @@ def as_scored(table: Any, vectors: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def item_vectors(model: Any) -> np.ndarray:
-    """Vectors [V, D] float32 of items 1..V as they are scored."""
-    table, found = model.table, np.empty((model.table.num_items, model.table.dim), dtype=np.float32)
+def item_vectors(model: Any, items: np.ndarray | None = None) -> np.ndarray:
+    """Vectors [V, D] float32 of ``items`` [V] int64 (None: of all) as they are scored."""
+    table = model.table
+    items = np.arange(1, table.num_items + 1) if items is None else items
+    found = np.empty((len(items), table.dim), dtype=np.float32)
     for first in range(0, len(found), ITEMS_AT_ONCE):
-        rows = slice(first, min(first + ITEMS_AT_ONCE, len(found)))
-        found[rows] = as_scored(table, table.lookup(torch.arange(rows.start + 1, rows.stop + 1)))
+        rows = slice(first, first + ITEMS_AT_ONCE)
+        found[rows] = as_scored(table, table.lookup(torch.from_numpy(items[rows])))
     return found
+
+
+def items_to_export(model: Any, store: SequenceStore) -> np.ndarray:
+    """Ids [V] int64, ascending: all but the bucket of rare items, which stands for no single one, and with managed rows
+    but those without a row, of which nothing is known."""
+    from hstu.item_rows import ManagedRows, MappedTable
+    from hstu.recommend import rare_item
+
+    items = np.arange(1, store.num_items + 1)
+    if isinstance(model.table, MappedTable) and isinstance(model.table.item_rows, ManagedRows):
+        items = np.unique(model.table.item_rows.items().numpy())
+    return items[(items > 0) & (items != (rare_item(store) or 0))]
 
 
 def write_safetensors(model: torch.nn.Module, path: Path, about: dict[str, str]) -> None:
@@ -77,15 +91,15 @@ def write_safetensors(model: torch.nn.Module, path: Path, about: dict[str, str])
     _replacing(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt", **about}))
 
 
-def write_items(vectors: np.ndarray, store: SequenceStore, path: Path) -> None:
-    """Columns item, title (if any) and vector, a row per item in the order of their ids."""
+def write_items(vectors: np.ndarray, items: np.ndarray, store: SequenceStore, path: Path) -> None:
+    """Columns item, title (if any) and vector, a row for each of ``items`` [V] with its vector [V, D]."""
     from hstu.recommend import polars_module
 
     pl = polars_module()
     titles = store.item_attribute("title")
-    columns = {"item": np.asarray(store.item_raw_ids)[: len(vectors)]}
+    columns = {"item": np.asarray(store.item_raw_ids)[items - 1]}
     if titles is not None:
-        columns["title"] = np.asarray(titles)[: len(vectors)]
+        columns["title"] = np.asarray(titles)[items - 1]
     frame = pl.DataFrame({**columns, "vector": pl.Series(vectors, dtype=pl.Array(pl.Float32, vectors.shape[1]))})
     _replacing(path, frame.write_parquet)
 
@@ -126,7 +140,7 @@ def _formats(value: Any) -> list[str]:
 
 def export_run(options: dict[str, Any]) -> list[Path]:
     """What ``hstu-export`` does; returns the files written."""
-    from hstu.recommend import polars_module, rare_item
+    from hstu.recommend import polars_module
     from hstu.runs import load_run
 
     chosen = _formats(options["format"])
@@ -146,11 +160,11 @@ def export_run(options: dict[str, Any]) -> list[Path]:
         files.append(out / "model.safetensors")
         write_safetensors(model, files[-1], about)
     if {"parquet", "faiss"} & set(chosen):
-        vectors = item_vectors(model)
-        vectors = vectors if rare_item(store) is None else vectors[:-1]  # it stands for no single item
+        items = items_to_export(model, store)
+        vectors = item_vectors(model, items)
     if "parquet" in chosen:
         files.append(out / "items.parquet")
-        write_items(vectors, store, files[-1])
+        write_items(vectors, items, store, files[-1])
     if "faiss" in chosen:
         files.append(out / "items.faiss")
         write_index(vectors, files[-1])

@@ -108,7 +108,8 @@ def test_a_row_that_changes_its_item_starts_anew(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kind: str
 ) -> None:
     embedding = dataclasses.replace(MANAGED, kind=kind, optimizer=optimizer, rows=8, policy="lfu")
-    config = managed_config(root, embedding=embedding)
+    average = 0.9 if optimizer == "adamw" else None
+    config = managed_config(root, embedding=embedding, optim=OptimConfig(lr=1e-2, average_decay=average))
     trainer = Trainer(config, open_store(config), tmp_path / kind, Display(False, shown=False))
     taken: list[torch.Tensor] = []
     take_in, loss, found = ManagedRows.take_in, trainer._loss, {}
@@ -127,6 +128,8 @@ def test_a_row_that_changes_its_item_starts_anew(
     assert found, "some row changed its item"
     values = initial_rows(len(found["taken"]), 8, derive(config.seed, RESET_SEED, found["step"]))
     assert torch.equal(found["weight"][found["taken"]], values)
+    if average is not None:
+        assert torch.equal(found["average"][found["taken"]], values)
     kept = sorted(set(range(2, 9)) - set(found["taken"].tolist()))
     assert found["state"], "the optimizer has a state by row"
     for state in found["state"]:
@@ -134,7 +137,7 @@ def test_a_row_that_changes_its_item_starts_anew(
 
 
 def table_and_state(trainer: Trainer) -> dict[str, Any]:
-    """The rows of the item table, and the optimizer's tensors by row."""
+    """The rows of the item table, their average where there is one, and the optimizer's tensors by row."""
     if trainer.config.embedding.kind == "local":
         weight = trainer.model.table.rows.weight
         fields = next(o.state[weight] for o in trainer.optimizers if o.state.get(weight))
@@ -143,7 +146,11 @@ def table_and_state(trainer: Trainer) -> dict[str, Any]:
         states = trainer.optimizers[1].states()["table.rows.weight"]  # type: ignore[attr-defined]
         fields = {n: v.local_shards()[0].tensor for n, v in states.items() if hasattr(v, "local_shards")}
     by_row = [v.detach().clone() for v in fields.values() if v.dim() and len(v) == len(weight)]
-    return {"weight": weight.detach().clone(), "state": by_row}
+    kept = {"weight": weight.detach().clone(), "state": by_row}
+    if trainer.average is not None:
+        names = [name for name, _ in trainer.model.named_parameters()]
+        kept["average"] = trainer.average.values[names.index("table.rows.weight")].clone()
+    return kept
 
 
 @pytest.mark.parametrize("kind", ["local", "sharded"])
@@ -179,6 +186,36 @@ def test_a_finished_run_recommends_items(finished: Path) -> None:
     }
     seen = {store.item_raw_ids[i - 1].item() for i in store.item_ids[: store.offsets[1]]}
     assert found == found & known - seen and len(found) == min(10, len(known - seen))
+
+
+def test_export_and_evaluation_know_which_items_have_rows(finished: Path, tmp_path: Path) -> None:
+    import polars as pl
+
+    from hstu.evaluate import evaluate_run
+    from hstu.export import export_run
+
+    config, store, model = load_run(finished)
+    export_run({"run": str(finished), "which": "best", "out": str(tmp_path), "format": ["parquet"]})
+    items = pl.read_parquet(tmp_path / "items.parquet")
+    known = sorted(set(model.table.item_rows.items().tolist()) - {0})
+    assert items["item"].to_list() == store.item_raw_ids[np.array(known) - 1].tolist() and 0 < len(known) <= 19
+    recommender = Recommender(config, store, model, "cpu")
+    user = store.user_raw_ids[3].item()
+    scores = items["vector"].to_numpy() @ recommender.query(user=user)[0]
+    answer = recommender.recommend(user, k=5, filter_history="none").items
+    best = np.argsort(-scores)[:5]
+    assert [item.item for item in answer] == items["item"].to_numpy()[best].tolist()
+    assert [item.score for item in answer] == pytest.approx(scores[best].tolist(), rel=1e-5)
+
+    options = {"run": str(finished), "which": "best", "split": "validation", "eval": {}, "device": "cpu"}
+    evaluate_run(options)
+    written = json.loads((finished / "evaluation-validation-best.json").read_text())
+    lines = [line for line in logged(finished) if line.get("kind") == "validation"]
+    best_line = max(lines, key=lambda line: line["ndcg@10"])
+    assert {n: written[n] for n in ("oov_inputs", "oov_labels")} == {
+        n: best_line[n] for n in ("oov_inputs", "oov_labels")
+    }
+    assert written["rows"][0]["metrics"]["ndcg@10"] == best_line["ndcg@10"]
 
 
 def test_where_items_come_and_go_managed_rows_beat_hashed_ones(tmp_path: Path) -> None:
