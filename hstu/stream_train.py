@@ -44,8 +44,6 @@ NOT_WATCHED = (
     "items_file", "users_file", "min_user_events", "min_item_events", "dedup", "max_events", "max_items", "shards",
 )  # fmt: skip
 """Options of ``data`` that need the whole log."""
-MANY_DAYS = 1_000_000
-"""In place of the number of days where they still arrive."""
 
 
 class StreamRetrieval(Problem):
@@ -106,8 +104,7 @@ class StreamTrainer(Trainer):
                  world: World) -> None:  # fmt: skip
         self.stream, self.days = stream, days
         super().__init__(config, days.store, folder, display, world)
-        if self.progress.epoch < (stream.days or MANY_DAYS):
-            self.progress.finished = False  # stream.days was raised, or further days have come
+        self.progress.finished = False  # stream.days may have been raised, or further days have come
 
     def _make_problem(self) -> Problem:
         return StreamRetrieval(self.config, self.stream, self.days, self.world, self.folder)
@@ -197,7 +194,7 @@ def stream_train(config: Config, stream: StreamConfig, display: Display | None =
     folder = run_folder(config)
     display = display or Display(config.run.progress, world.is_first)
     days = _make_days(config, stream, folder)
-    number = len(days) if isinstance(days, StoreDays) else MANY_DAYS
+    number = len(days) if isinstance(days, StoreDays) else stream.days or 1  # shown, and not what ends the stream
     run = dataclasses.replace(config.run, epochs=min(number, stream.days or number))
     config = dataclasses.replace(config, run=run)
     _keep_settings(folder, stream)

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from hstu.data.hashing import hash_texts, shards_of
-from hstu.data.tables import raise_if_disk_full
+from hstu.data.tables import num_part_rows, raise_if_disk_full
 
 CHUNK_ROWS = 1 << 18
 """Rows that are worked on at once."""
@@ -100,6 +100,5 @@ class Tally:
 
 def part_frames(part: Path) -> Iterator[pl.DataFrame]:
     """The rows of an Arrow part, at most ``CHUNK_ROWS`` at once. No more than that stays mapped."""
-    num_rows = int(pl.scan_ipc(part).select(pl.len()).collect().item())
-    for start in range(0, num_rows, CHUNK_ROWS):
+    for start in range(0, num_part_rows(part), CHUNK_ROWS):
         yield pl.scan_ipc(part).slice(start, CHUNK_ROWS).collect()
