@@ -211,7 +211,7 @@ def spread_layers(model: nn.Module, world: World) -> list[Any]:
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     layers: Any = model.encoder.layers  # type: ignore[union-attr]
-    return [fully_shard(layer, mesh=mesh) for layer in layers]
+    return [fully_shard(layer, mesh=mesh, reshard_after_forward=True) for layer in layers]
 
 
 def in_parts(tensor: Tensor) -> bool:

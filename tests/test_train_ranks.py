@@ -129,12 +129,12 @@ def assert_same_for_all(config: Config, store: Path, root: Path) -> None:
         assert others == pytest.approx(losses[0], rel=3e-6)
 
 
-def test_the_whole_run_is_the_same_and_validates_the_same(tmp_path: Path, stores: dict[str, Path]) -> None:
-    config = retrieval_config(tmp_path, run_epochs=1, optim=OptimConfig(lr=3e-3, clip_norm=0.5, average_decay=0.9))
-    for num_ranks in (1, 2):
-        assert set(run_ranks(num_ranks, run_steps, narrow(tmp_path / str(num_ranks), config), stores["retrieval"])) == {
-            ""
-        }
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_the_whole_run_is_the_same_and_validates_the_same(tmp_path: Path, stores: dict[str, Path], dense: str) -> None:
+    optim = OptimConfig(lr=3e-3, clip_norm=0.5, average_decay=0.9)
+    config = retrieval_config(tmp_path, run_epochs=2, optim=optim, run_dense=dense)
+    for n in (1, 2):
+        assert set(run_ranks(n, run_steps, narrow(tmp_path / str(n), config), stores["retrieval"])) == {""}
     one, two = (final_state(tmp_path / str(n)) for n in (1, 2))
     for part in ("model.", "average."):
         tensors, others = one.tensors(part), two.tensors(part)
