@@ -120,6 +120,13 @@ def test_more_days_continue_a_finished_stream(finished: tuple[Config, Path], tmp
         stream_train(other, dataclasses.replace(stream, lr_decay=0.6))
 
 
+def test_a_finished_stream_repeated_stays_as_it_is(finished: tuple[Config, Path]) -> None:
+    config, folder = finished
+    before = {name: (folder / name).read_text() for name in ("days.json", "result.json", "metrics.jsonl")}
+    assert stream_train(config, settings(config, lr_decay=0.5, table_lr_decay=0.9)) == folder
+    assert {name: (folder / name).read_text() for name in before} == before
+
+
 def test_the_last_model_is_the_one_that_is_loaded(finished: tuple[Config, Path]) -> None:
     _, _, model = load_run(finished[1])
     last = final_state(finished[1]).tensors()
