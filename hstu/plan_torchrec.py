@@ -10,7 +10,7 @@ import torch
 from hstu.feature_tables import has_torchrec
 from hstu.plan_config import PlanConfig
 from hstu.plan_memory import FLOAT, GIB, INT64, Memory, Workload, is_replicated, scored_rows, table_bytes
-from hstu.sharded_plan import _column_part as column_part
+from hstu.sharded_plan import column_part
 from hstu.sharded_plan import quiet
 
 TABLE = "item_table"

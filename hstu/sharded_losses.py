@@ -204,6 +204,7 @@ def scored_negatives(positions: Positions, labels: Tensor, negatives: Tensor, bl
     """Of a sampled softmax. labels: [P]. negatives: [P, R]; those of other blocks, and the label, are left out."""
     if positions.world.size == 1:  # the op leaves the label out
         ids, (own, places) = find_places(block, [labels, negatives.reshape(-1)])
+        own = own.clone()  # is kept for the backward, and would keep the storage of all places with it
         return Scored(positions, ids, own, places.view(negatives.shape))
     owned, num_columns = block.holds(labels), negatives.shape[1]
     inside = block.holds(negatives).logical_and_(negatives != labels[:, None].to(negatives.dtype)).view(-1)

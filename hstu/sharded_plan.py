@@ -194,7 +194,7 @@ def make_plan(
         constraints[table.name] = ParameterConstraints(
             sharding_types=allowed_shardings(config, table, world.size),
             compute_kernels=["fused"],
-            min_partition=_column_part(table.dim, world.size) if wanted == "column_wise" else None,
+            min_partition=column_part(table.dim, world.size) if wanted == "column_wise" else None,
             pooling_factors=list(table.lookups),
         )
     on_gpu, room = world.device.type == "cuda", capacity(config, world)
@@ -217,7 +217,7 @@ def make_plan(
         ) from None
 
 
-def _column_part(dim: int, size: int) -> int:
+def column_part(dim: int, size: int) -> int:
     """Least width of a column shard: that of as many shards as ranks, where it is a multiple of 4 that divides ``dim``.
 
     Raises UserError where the width cannot be cut.

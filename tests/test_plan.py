@@ -244,6 +244,7 @@ def test_a_table_that_torchrec_cannot_place() -> None:
         ({"embedding": {"rows": 10}, "batch": {"tokens_per_gpu": 10}}, "at least one user's tokens"),
         ({"embedding": {"rows": 10}, "batch": {"mean_len": 50, "mean_square_len": 9}}, "from mean_len^2=2500"),
         ({"embedding": {"rows": 10}, "precision": "fp8"}, "precision='fp8': expected one of"),
+        ({"embedding": {"rows": 10, "dim": 50}}, "embedding.dim=50: expected a multiple of 4 for shards"),
         ({"embeding": {"rows": 10}}, "unknown option embeding: expected one of batch, cluster, embedding"),
     ],
 )
@@ -265,9 +266,11 @@ def test_two_names_of_one_size() -> None:
 
 
 def test_data_sheets_can_be_overridden() -> None:
-    config = from_options({"embedding": {"rows": 10}, "cluster": {"gpu": "a100", "hbm_gib": 40, "peak_tflops": 1}})
+    config = from_options(
+        {"embedding": {"rows": 10, "dim": 64}, "cluster": {"gpu": "a100", "hbm_gib": 40, "peak_tflops": 1}}
+    )
     assert (config.cluster.sheet.hbm_gib, config.cluster.sheet.hbm_gbps, config.peak_tflops) == (40, 2039, 1)
-    exact = from_options({"embedding": {"rows": 10}, "cluster": {"gpu": "a100"}, "precision": "float32"})
+    exact = from_options({"embedding": {"rows": 10, "dim": 64}, "cluster": {"gpu": "a100"}, "precision": "float32"})
     assert exact.peak_tflops == 19.5
     assert all(gpu.source for gpu in GPUS.values())
 
