@@ -23,8 +23,7 @@ from hstu.config import build
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
 from hstu.errors import UserError
 from hstu.plan_config import DTYPE_BYTES, PlanConfig
-from hstu.sharded_plan import column_part
-from hstu.sharded_plan import state_bytes
+from hstu.sharded_plan import column_part, state_bytes
 from kernels._common import CACHE_MIB, MIN_ROWS
 
 GIB = 2.0**30

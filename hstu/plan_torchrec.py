@@ -10,8 +10,7 @@ import torch
 from hstu.feature_tables import has_torchrec
 from hstu.plan_config import PlanConfig
 from hstu.plan_memory import FLOAT, GIB, INT64, Memory, Workload, is_replicated, scored_rows, table_bytes
-from hstu.sharded_plan import column_part
-from hstu.sharded_plan import quiet
+from hstu.sharded_plan import column_part, quiet
 
 TABLE = "item_table"
 KERNELS = {"hbm": "fused", "uvm_caching": "fused_uvm_caching", "uvm": "fused_uvm"}
