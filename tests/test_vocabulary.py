@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.drift import Drift, measure, write_log
-from hstu.config import Config, OptimConfig
+from benchmarks.drift import DAY_S, START, Drift, measure, write_log
+from benchmarks.drift import make_config as make_drift_config
+from hstu.config import Config, DataConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
+from hstu.config_stream import StreamConfig
 from hstu.embedding import initial_rows
 from hstu.item_rows import ManagedRows, MappedTable
 from hstu.progress import Display
 from hstu.recommend import Recommender
 from hstu.runs import load_run, open_store
 from hstu.seeding import derive
+from hstu.stream_train import stream_train
 from hstu.train import Interrupted, Trainer, train
 from hstu.vocabulary import RESET_SEED, unknown_shares
 from tests.ranks import run_ranks
@@ -153,15 +156,19 @@ def table_and_state(trainer: Trainer) -> dict[str, Any]:
     return kept
 
 
-@pytest.mark.parametrize("kind", ["local", "sharded"])
-def test_two_ranks_train_the_run_of_one(root: Path, tmp_path: Path, kind: str) -> None:
+RANKS = [("local", "rowwise_adagrad"), ("row_wise", "rowwise_adagrad"), ("column_wise", "adam")]
+
+
+@pytest.mark.parametrize(("sharding", "optimizer"), RANKS, ids=["-".join(case) for case in RANKS])
+def test_two_ranks_train_the_run_of_one(root: Path, tmp_path: Path, sharding: str, optimizer: str) -> None:
     store = open_store(managed_config(root)).path
 
-    def config(name: str, kind: str) -> Config:
-        embedding = dataclasses.replace(MANAGED, kind=kind)
+    def config(name: str, **changes: Any) -> Config:
+        embedding = dataclasses.replace(MANAGED, optimizer=optimizer, **changes)
         return narrow(tmp_path / name, managed_config(root, embedding=embedding, run_save_every_epochs=None))
 
-    one, two = config("one", "local"), config("two", kind)
+    one = config("one")
+    two = config("two", **({} if sharding == "local" else {"kind": "sharded", "sharding": sharding}))
     assert run_ranks(1, run_steps, one, store, 10) == ["Stop: "]
     assert run_ranks(2, run_steps, two, store, 10) == ["Stop: "] * 2
     expected, found = (
@@ -216,6 +223,23 @@ def test_export_and_evaluation_know_which_items_have_rows(finished: Path, tmp_pa
         n: best_line[n] for n in ("oov_inputs", "oov_labels")
     }
     assert written["rows"][0]["metrics"]["ndcg@10"] == best_line["ndcg@10"]
+
+
+def test_a_watched_folder_needs_no_more_rows_than_items_in_use(tmp_path: Path) -> None:
+    drift = Drift(str(tmp_path), days=3, users=120, live=60, new=20, rows=80)
+    header, *lines = write_log(drift, tmp_path / "raw" / "log.csv").read_text().splitlines()
+    for day in range(drift.days):
+        folder = tmp_path / "in" / f"dt=2026-03-0{day + 1}"
+        folder.mkdir(parents=True)
+        kept = [line for line in lines if (int(line.split(",")[2]) - START) // DAY_S == day]
+        (folder / "part-0.csv").write_text("\n".join([header, *kept]) + "\n")
+        (folder / "_SUCCESS").touch()
+    config = make_drift_config(drift, "managed", 0)
+    config = dataclasses.replace(config, data=DataConfig(name="log", source="log", root=str(tmp_path / "data")))
+    stream = StreamConfig(eval_users=0, watch=str(tmp_path / "in"), item_rows=100_000, timeout_s=0, settle_s=0)
+    folder = stream_train(config, stream)
+    days = json.loads((folder / "days.json").read_text())["days"]
+    assert len(days) == 3 and days[-1]["hr@10"] > 0.25, "by chance 10 of the 60 alive, and of 100,000 candidates"
 
 
 def test_where_items_come_and_go_managed_rows_beat_hashed_ones(tmp_path: Path) -> None:
