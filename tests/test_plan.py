@@ -266,9 +266,8 @@ def test_two_names_of_one_size() -> None:
 
 
 def test_data_sheets_can_be_overridden() -> None:
-    config = from_options(
-        {"embedding": {"rows": 10, "dim": 64}, "cluster": {"gpu": "a100", "hbm_gib": 40, "peak_tflops": 1}}
-    )
+    table = {"rows": 10, "dim": 64}
+    config = from_options({"embedding": table, "cluster": {"gpu": "a100", "hbm_gib": 40, "peak_tflops": 1}})
     assert (config.cluster.sheet.hbm_gib, config.cluster.sheet.hbm_gbps, config.peak_tflops) == (40, 2039, 1)
     exact = from_options({"embedding": table, "cluster": {"gpu": "a100"}, "precision": "float32"})
     assert exact.peak_tflops == 19.5
