@@ -44,8 +44,8 @@ class Vocabulary:
     ) -> None:
         """Before a step on ``batches`` of this rank: takes their ids in, and starts anew the rows given to other items.
 
-        What the step predicts counts (positions of weight 0 predict nothing): every event once a pass over the log. What
-        it reads would count old events again with every new one of their user, and keep the rows of what is gone.
+        What the step predicts counts (positions of weight 0 predict nothing): every event once a pass over the log.
+        What it reads would count old events again with every new one of their user, and keep the rows of what is gone.
         """
         rows = self.item_rows
         if not isinstance(rows, ManagedRows):
