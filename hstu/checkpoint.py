@@ -37,7 +37,7 @@ from hstu.checkpoint_dcp import (
     read_metadata,
     write,
 )
-from hstu.distributed import World
+from hstu.distributed import World, same_gpu
 from hstu.errors import UserError
 
 FORMAT = 2
@@ -82,7 +82,7 @@ class Saver:
         self.world = world or World.current()
         # Of its own: the thread's collectives must not meet those of the training.
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world.size > 1 else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=same_gpu())
         self._running: dict[str, Future[None]] = {}
         self._copies: dict[str, dict[Any, Tensor]] = {"step": {}, "best": {}}
         if self.world.is_first:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -78,7 +79,7 @@ class World:
         tensor = tensor.detach()
         if self.size == 1:
             return tensor
-        counts = self._counts(tensor)
+        counts = self.counts(len(tensor), tensor.device)
         longest = max(counts)
         padded = tensor.new_zeros(longest, *tensor.shape[1:])
         padded[: len(tensor)] = tensor
@@ -86,11 +87,13 @@ class World:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    def _counts(self, tensor: Tensor) -> list[int]:
-        own = torch.tensor([len(tensor)], device=tensor.device)
-        counts = [torch.zeros_like(own) for _ in range(self.size)]
-        dist.all_gather(counts, own)
-        return [int(count) for count in counts]
+    def counts(self, number: int, device: torch.device) -> list[int]:
+        """The number of every rank, in their order. device: where they meet, which is waited for once."""
+        if self.size == 1:
+            return [number]
+        everyone = torch.zeros(self.size, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(everyone, torch.tensor([number], device=device))
+        return everyone.tolist()
 
     def gather_arrays(self, array: np.ndarray) -> np.ndarray:
         """As :meth:`gather`, of numpy arrays of numbers."""
@@ -212,6 +215,14 @@ def spread_layers(model: nn.Module, world: World) -> list[Any]:
     mesh = init_device_mesh(world.device.type, (world.size,))
     layers: Any = model.encoder.layers  # type: ignore[union-attr]
     return [fully_shard(layer, mesh=mesh, reshard_after_forward=True) for layer in layers]
+
+
+def same_gpu() -> Callable[[], None]:
+    """What a new thread calls first for the GPU that is current here to be so there, where the first of the machine is:
+    kernels of Triton and events of others' code go to the current one."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def in_parts(tensor: Tensor) -> bool:

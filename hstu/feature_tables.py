@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -21,6 +21,10 @@ from hstu.errors import UserError
 from hstu.sharded_init import InitialValues
 
 log = logging.getLogger(__name__)
+
+BAGS = 1024
+"""Rows of a feature in sharded tables, whose values are not pooled. What they are cut into does not matter, but kernels
+of fbgemm on the GPU go through a row one value after another, so that one row of all would take a second."""
 
 
 @cache
@@ -144,13 +148,22 @@ class FeatureTables(nn.Module):
 
         counts = list(features.counts)  # given, so that no kernel has to be waited for
         lengths, stride = features.lengths, features.num_rows
-        if self.sharded:  # one row of all values of a feature: a rank without rows takes part too
-            lengths, stride = lengths.new_tensor(counts), 1
+        if self.sharded:  # a number of rows that is the same everywhere: a rank without values takes part too
+            lengths, stride = spread(counts).to(lengths.device), BAGS
         keyed = KeyedJaggedTensor(
             list(features.keys), features.values, lengths=lengths, length_per_key=counts, stride=stride
         )
         found = self.collection(keyed)
         return [found[key].values() for key in features.keys]
+
+
+def spread(counts: Sequence[int]) -> Tensor:
+    """Lengths [F * BAGS] int64 of the rows that the values of each feature are laid out in, evenly; on the CPU.
+
+    counts: [F] values of each feature.
+    """
+    edges = torch.arange(BAGS + 1) * torch.tensor(counts, dtype=torch.int64)[:, None] // BAGS
+    return edges.diff(dim=1).view(-1)
 
 
 def _part(features: Features, keys: tuple[str, ...]) -> Features:

@@ -42,6 +42,8 @@ LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 START_TIMEOUT_S = 300.0
 """Ranks start at different times: each imports its libraries and opens its device."""
 REPORT_TIMEOUT_S = 5.0
+NCCL_LATER_S = 60.0
+"""NCCL ends the process at its time-out without a word, so the pulse comes first and says which rank hangs."""
 
 
 _runs = count()
@@ -73,14 +75,15 @@ def join(run: RunConfig) -> Iterator[World]:
         yield World(device=device)
         return
     store, prefix = connect(rank, START_TIMEOUT_S), f"{attempt()}/{next(_runs)}"
-    _await_all(dist.PrefixStore(f"arrived/{prefix}", store), rank, size)
+    _await_all(dist.PrefixStore(f"arrived/{prefix}", store), rank, size, device.type)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(f"group/{prefix}", store), rank=rank,
-            world_size=size, timeout=timedelta(seconds=run.timeout_s), device_id=device if cuda else None,
+            world_size=size, timeout=timedelta(seconds=run.timeout_s + (NCCL_LATER_S if cuda else 0.0)),
+            device_id=device if cuda else None,
         )  # fmt: skip
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
@@ -104,10 +107,10 @@ def join(run: RunConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _await_all(store: dist.Store, rank: int, size: int) -> None:
-    """Returns when every rank has started; UserError names those that have not."""
+def _await_all(store: dist.Store, rank: int, size: int, device: str) -> None:
+    """Returns when every rank has started; UserError names those that have not, or have another kind of device."""
     keys = [str(r) for r in range(size)]
-    store.set(keys[rank], "")
+    store.set(keys[rank], device)
     try:
         store.wait(keys, timedelta(seconds=START_TIMEOUT_S))
     except dist.DistError:
@@ -115,6 +118,13 @@ def _await_all(store: dist.Store, rank: int, size: int) -> None:
         raise UserError(
             f"rank {absent} of {size} did not start within {START_TIMEOUT_S:g} s: see what its machine says"
         ) from None
+    kinds = [kind.decode() for kind in store.multi_get(keys)]
+    for other, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise UserError(
+                f"rank {other} computes on {kind}, rank 0 on {kinds[0]}: set run.device, and see what torch finds on "
+                "each machine"
+            )
 
 
 def connect(rank: int, timeout_s: float, client: bool = False) -> dist.Store:

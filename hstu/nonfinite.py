@@ -25,7 +25,7 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World 
     def first(names: Iterable[str]) -> str | None:
         return next((name for name in world.gather_objects(next(iter(names), None)) if name is not None), None)
 
-    name = first(f"parameter {n}" for n, p in model.named_parameters() if not _finite(p))
+    name = first(f"parameter {n}" for n, p in model.named_parameters() if not is_finite(p))
     if name is not None:
         return name
     found: list[str] = []
@@ -33,7 +33,7 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
-            if not found and any(isinstance(t, Tensor) and not _finite(t) for t in outputs):
+            if not found and any(isinstance(t, Tensor) and not is_finite(t) for t in outputs):
                 found.append(f"output of {name or 'the model'} ({type(module).__name__})")
 
         return hook
@@ -45,13 +45,17 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World 
     finally:
         for handle in handles:
             handle.remove()
-    name = first([*found, *([] if _finite(value) else ["the loss"])])
+    name = first([*found, *([] if is_finite(value) else ["the loss"])])
     if name is not None:
         return name
     value.backward()
     grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-    return first(f"gradient of {n}" for n, grad in grads if not _finite(grad))
+    return first(f"gradient of {n}" for n, grad in grads if not is_finite(grad))
 
 
-def _finite(t: Tensor) -> bool:
-    return bool(torch.isfinite(own_part(t.detach())).all())
+def is_finite(t: Tensor) -> bool:
+    """Whether what of ``t`` lies on this rank is finite. Nothing of its size is made: it may be most of the memory."""
+    own = own_part(t.detach())
+    if own.numel() == 0 or not own.is_floating_point():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(own))).all())

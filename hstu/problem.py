@@ -132,8 +132,12 @@ class Retrieval(Problem):
     def validate(self) -> dict[str, float]:
         result = evaluate(self.model, self.store, self.targets, self.config, self.device, self.world)
         kept = Targets(result.users, result.rows)
-        unknown = unknown_shares(self.model, self.store, kept, self.config.model.max_len)
-        return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown}
+
+        def summarized() -> dict[str, float]:
+            unknown = unknown_shares(self.model, self.store, kept, self.config.model.max_len)
+            return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown}
+
+        return self.world.on_first(summarized)  # other processors may round otherwise, and all decide by it
 
     def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
         result = evaluate(self.model, self.store, self.split.test, self.config, self.device, self.world)

@@ -26,7 +26,7 @@ from hstu.config import Config, LossConfig
 from hstu.distributed import World
 from hstu.embedding import INIT_STD, NORM_EPS, ItemTable
 from hstu.errors import UserError
-from hstu.feature_tables import FeatureTables, has_torchrec, make_collection
+from hstu.feature_tables import BAGS, FeatureTables, has_torchrec, make_collection, spread
 from hstu.optim import table_rate, table_rule
 from hstu.sharded_init import InitialValues
 from hstu.sharded_kernel import TorchKernel
@@ -86,8 +86,8 @@ class ShardedItemTable(ItemTable):
 
         counts = [len(events), len(scored)]
         return KeyedJaggedTensor(
-            [EVENTS, SCORED], torch.cat([events.long(), scored.long()]), stride=1, length_per_key=counts,
-            lengths=torch.tensor(counts, dtype=torch.int64, device=events.device),
+            [EVENTS, SCORED], torch.cat([events.long(), scored.long()]), stride=BAGS, length_per_key=counts,
+            lengths=spread(counts).to(events.device),
         )  # fmt: skip
 
     @contextmanager

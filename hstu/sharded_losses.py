@@ -46,10 +46,7 @@ class Positions:
     @classmethod
     def of(cls, world: World, num_own: int) -> Positions:
         """Asks every rank for its number."""
-        if world.size == 1:
-            return cls(world, (num_own,))
-        own = torch.tensor([num_own], device=world.device)
-        return cls(world, tuple(world.gather(own).tolist()))
+        return cls(world, tuple(world.counts(num_own, world.device)))
 
     @property
     def own(self) -> slice:

@@ -41,6 +41,10 @@ class _Batch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         self.keyed.record_stream(stream)
+        scored = self.scored
+        for tensor in (scored.ids, scored.labels, scored.candidates, scored.bank):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 class _Model(nn.Module):
@@ -145,6 +149,8 @@ class Pipeline:
         while self._fed < len(self._waiting) or self._pull():
             step_input, seed = self._waiting[self._fed], self.seed_of(self._fed)
             self._fed += 1
+            if self.table.world.device.type == "cuda":  # the loader made the batch on the stream of the training
+                torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
             ((share, _),) = step_input.parts
             batch, table, loss = share.batch, self.table, self.model.loss_config
             assert loss is not None

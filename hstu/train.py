@@ -33,10 +33,11 @@ from hstu.config import Config, from_dict, to_dict
 from hstu.data.balance import imbalance
 from hstu.data.batches import Prefetcher
 from hstu.data.share import Share
-from hstu.distributed import Engine, World, own_part, spread_layers
+from hstu.distributed import Engine, World, spread_layers
 from hstu.errors import Interrupted, UserError
 from hstu.evaluate import run_device
 from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
+from hstu.nonfinite import first_non_finite, is_finite
 from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizers, set_learning_rate
 from hstu.problem import Problem, make_problem
 from hstu.progress import Display
@@ -330,8 +331,6 @@ class Trainer:
         return Pipeline(self.model, loss, seed_of)
 
     def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
-        from hstu.nonfinite import first_non_finite
-
         if self.pipeline is not None:
             self.pipeline.detach()
         name = None
@@ -383,7 +382,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """An update can overflow though its gradients were finite: seen here, before anything is saved."""
-        bad = (n for n, p in self.model.named_parameters() if not bool(torch.isfinite(own_part(p)).all()))
+        bad = (n for n, p in self.model.named_parameters() if not is_finite(p))
         found = [name for name in self.world.gather_objects(next(bad, None)) if name is not None]
         if found:
             self._fail_non_finite(f"parameter {found[0]}", "not computed yet")

@@ -22,6 +22,7 @@ from hstu.data.share import Ranks, Share
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
 from hstu.data.store import SequenceStore
+from hstu.distributed import same_gpu
 from hstu.errors import UserError
 from hstu.seeding import derive
 
@@ -300,11 +301,12 @@ class Prefetcher(Generic[T]):
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=ahead)
         self._stopping = threading.Event()
         self._range = range(start, stop)
-        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make, same_gpu()), daemon=True)
         self._thread.start()
 
-    def _run(self, make: Callable[[int], T]) -> None:
+    def _run(self, make: Callable[[int], T], begin: Callable[[], None]) -> None:
         try:
+            begin()
             for index in self._range:
                 if self._stopping.is_set() or not self._put((make(index), None)):
                     return
