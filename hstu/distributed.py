@@ -91,9 +91,10 @@ class World:
         """The number of every rank, in their order. device: where they meet, which is waited for once."""
         if self.size == 1:
             return [number]
-        everyone = torch.zeros(self.size, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(everyone, torch.tensor([number], device=device))
-        return everyone.tolist()
+        own = torch.tensor([number], device=device)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own)
+        return torch.cat(everyone).tolist()
 
     def gather_arrays(self, array: np.ndarray) -> np.ndarray:
         """As :meth:`gather`, of numpy arrays of numbers."""

@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ PATIENCE = timedelta(days=30)
 LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 START_TIMEOUT_S = 300.0
 """Ranks start at different times: each imports its libraries and opens its device."""
+MEET_INTERVAL_S = 0.1
 REPORT_TIMEOUT_S = 5.0
 NCCL_LATER_S = 60.0
 """NCCL ends the process at its time-out without a word, so the pulse comes first and says which rank hangs."""
 
 
-_runs = count()
-"""Of this process, as a sweep under torchrun makes several, each with a group of its own."""
+_meeting = 0
+"""Of the ranks of this process, the last one; see :func:`_meet`."""
 
 
 def attempt() -> int:
@@ -74,14 +76,15 @@ def join(run: RunConfig) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    store, prefix = connect(rank, START_TIMEOUT_S), f"{attempt()}/{next(_runs)}"
-    _await_all(dist.PrefixStore(f"arrived/{prefix}", store), rank, size, device.type)
+    global _meeting
+    store = connect(rank, START_TIMEOUT_S)
+    _meeting = meeting = _meet(store, rank, size, device.type)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(f"group/{prefix}", store), rank=rank,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(f"group/{meeting}", store), rank=rank,
             world_size=size, timeout=timedelta(seconds=run.timeout_s + (NCCL_LATER_S if cuda else 0.0)),
             device_id=device if cuda else None,
         )  # fmt: skip
@@ -89,7 +92,7 @@ def join(run: RunConfig) -> Iterator[World]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise RankLost(f"rank {rank} could not join the {size} ranks in {run.timeout_s:g} s ({reason})") from None
-    beats = dist.PrefixStore(f"beats/{prefix}", connect(rank, START_TIMEOUT_S, client=True))
+    beats = dist.PrefixStore(f"beats/{meeting}", connect(rank, START_TIMEOUT_S, client=True))
     pulse = Pulse(beats, rank, size, run.timeout_s, on_lost=lambda why: _give_up(pulse, why))
     world = World(rank, size, device, local_rank, patient, pulse, _why_again())
     try:
@@ -107,17 +110,34 @@ def join(run: RunConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _await_all(store: dist.Store, rank: int, size: int, device: str) -> None:
-    """Returns when every rank has started; UserError names those that have not, or have another kind of device."""
-    keys = [str(r) for r in range(size)]
-    store.set(keys[rank], device)
+def _meet(store: dist.Store, rank: int, size: int, device: str) -> int:
+    """Returns when every rank has started, the same number on all of them: how often ranks have met at this store.
+
+    Launchers of several machines count restarts each for itself, and their store outlives a restart: what is left in it
+    must not be taken for a rank of now. So rank 0 counts, and tells the number to every word that it finds; a rank
+    says a new word each time.
+
+    Raises UserError naming the ranks that have not started, or have another kind of device.
+    """
+    word, limit = uuid.uuid4().hex, time.monotonic() + START_TIMEOUT_S
+    store.set(f"word/{rank}", word)
+    if rank == 0:
+        number = store.add("meetings", 1)
+        store.set(f"number/{word}", str(number))
     try:
-        store.wait(keys, timedelta(seconds=START_TIMEOUT_S))
+        store.wait([f"number/{word}"], timedelta(seconds=START_TIMEOUT_S))
     except dist.DistError:
-        absent = ", ".join(key for key in keys if not store.check([key]))
-        raise UserError(
-            f"rank {absent} of {size} did not start within {START_TIMEOUT_S:g} s: see what its machine says"
-        ) from None
+        raise UserError(_absent([0], size)) from None
+    number = int(store.get(f"number/{word}"))
+    keys = [f"started/{number}/{r}" for r in range(size)]
+    store.set(keys[rank], device)
+    while absent := [r for r in range(size) if not store.check([keys[r]])]:
+        if time.monotonic() > limit:
+            raise UserError(_absent(absent, size))
+        for other in absent if rank == 0 else ():
+            if store.check([f"word/{other}"]):
+                store.set(f"number/{store.get(f'word/{other}').decode()}", str(number))
+        time.sleep(MEET_INTERVAL_S)
     kinds = [kind.decode() for kind in store.multi_get(keys)]
     for other, kind in enumerate(kinds):
         if kind != kinds[0]:
@@ -125,6 +145,12 @@ def _await_all(store: dist.Store, rank: int, size: int, device: str) -> None:
                 f"rank {other} computes on {kind}, rank 0 on {kinds[0]}: set run.device, and see what torch finds on "
                 "each machine"
             )
+    return number
+
+
+def _absent(ranks: list[int], size: int) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"rank {names} of {size} did not start within {START_TIMEOUT_S:g} s: see what its machine says"
 
 
 def connect(rank: int, timeout_s: float, client: bool = False) -> dist.Store:
@@ -203,7 +229,7 @@ def first_to_say() -> bool:
         return True
     try:
         store = connect(int(os.environ.get("RANK", "0")), REPORT_TIMEOUT_S, client=True)
-        return store.add(f"reported/{attempt()}", 1) == 1
+        return store.add(f"reported/{_meeting}" if _meeting else f"reported/start/{attempt()}", 1) == 1
     except (UserError, RuntimeError):
         return os.environ.get("RANK", "0") == "0"
 

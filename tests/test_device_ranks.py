@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,36 @@ def test_all_that_enters_the_pipeline_is_kept_until_its_streams_have_used_it() -
     assert [t.streams for t in (ids, labels, candidates, bank, keyed)] == [["stream"]] * 5
 
 
+def meet(port: int, devices: list[str]) -> list[int | str]:
+    """What ranks with these kinds of device get when they meet, each through its own connection."""
+
+    def one(rank: int) -> int | str:
+        store = dist.TCPStore("localhost", port, is_master=False, timeout=timedelta(seconds=5))
+        try:
+            return launch._meet(store, rank, len(devices), devices[rank])
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return list(pool.map(one, range(len(devices))))
+
+
+def test_ranks_meet_again_at_a_store_that_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers of two machines count restarts differently: the numbers are rank 0's, whatever lies in the store."""
+    server = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    assert meet(server.port, ["cpu"] * 3) == [1, 1, 1]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert meet(server.port, ["cpu"] * 3) == [2, 2, 2]
+    monkeypatch.setattr(launch, "START_TIMEOUT_S", 0.3)
+    rank_0 = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=5))
+    with pytest.raises(UserError, match="rank 1, 2 of 3 did not start"):  # those of the last time do not count
+        launch._meet(rank_0, 0, 3, "cpu")
+
+
 def test_ranks_with_other_devices_are_named() -> None:
-    store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=5))
-    for rank, kind in ((0, "cuda"), (1, "cuda")):
-        store.set(str(rank), kind)
-    with pytest.raises(UserError, match="rank 2 computes on cpu, rank 0 on cuda: set run.device"):
-        launch._await_all(store, 2, 3, "cpu")
-    launch._await_all(store, 2, 3, "cuda")
+    server = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    found = meet(server.port, ["cuda", "cuda", "cpu"])
+    assert all(str(text).startswith("rank 2 computes on cpu, rank 0 on cuda: set run.device") for text in found)
 
 
 @pytest.mark.parametrize("counts", [[0, 5], [3 * BAGS + 7, 1]], ids=["few", "many"])
