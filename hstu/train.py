@@ -198,6 +198,12 @@ class Trainer:
         saved = checkpoint.load_last(self.checkpoints, self.world, set_aside=True)
         if saved is None:
             return
+        part = saved.values["progress"]["step"] > 0
+        if part and self.config.run.reader == "stream" and saved.ranks != self.world.size:
+            raise UserError(
+                f"{saved.path} was saved by {saved.ranks} rank(s) within an epoch, and run.reader=stream deals users "
+                f"out by ranks: {self.world.size} would train on some twice; take {saved.ranks} until the epoch's end"
+            )
         self.progress = Progress(**restore_run(saved, self.model, self.optimizers, self.average, self.world))
         stopped = self.progress.finished and not self._stopped_early()
         if stopped and self.progress.epoch < self.config.run.epochs:

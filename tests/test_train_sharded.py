@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def finished(root: Path) -> Path:
     return train(sharded_config(root, "stream", run_epochs=4))
 
 
+def refusal(config: Config) -> str:
+    """What training says on the ranks that are there, where it refuses to go on."""
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_streamed_loss_falls(finished: Path) -> None:
     losses = [line["epoch_loss"] for line in logged(finished) if "epoch_loss" in line]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
@@ -72,6 +82,8 @@ def test_streamed_run_is_resumed_bit_identical(
         with pytest.raises(Interrupted):
             train(config)
     assert final_state(tmp_path / "stopped").values["progress"]["global_step"] == stop
+    refused = r"saved by 1 rank\(s\) within an epoch, .* 2 would train on some twice; take 1 until"
+    assert all(re.search(refused, text) for text in run_ranks(2, refusal, config))
     assert_same_run(finished, train(config))
 
 
