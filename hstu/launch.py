@@ -22,13 +22,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hstu.config import RunConfig, from_dict
+from hstu.config import Config, RunConfig, from_dict
 from hstu.distributed import World
 from hstu.errors import Interrupted, RankLost, UserError
 from hstu.evaluate import run_device
@@ -278,8 +279,11 @@ def should_launch(options: dict[str, Any]) -> bool:
     return ranks is not None and ranks > 1 and "WORLD_SIZE" not in os.environ
 
 
-def launch(options: dict[str, Any]) -> None:
+def launch(options: dict[str, Any], module: str = "hstu.train", config: Config | None = None) -> None:
     """Starts ``run.ranks`` ranks with the composed ``options`` on this machine and waits for them.
+
+    module: whose ``run_command`` each of them calls with ``options``. config: what these say of the run, where they are
+    more than a :class:`Config`.
 
     Raises what one process would: UserError, or Interrupted after a signal.
     """
@@ -289,7 +293,7 @@ def launch(options: dict[str, Any]) -> None:
 
     from hstu.runs import run_folder
 
-    config = from_dict(options)
+    config = config or from_dict(options)
     run = config.run
     assert run.ranks is not None
     for local_rank in range(run.ranks):
@@ -308,7 +312,7 @@ def launch(options: dict[str, Any]) -> None:
         failure: str | None = None
         number: int | None = None
         try:
-            elastic_launch(launcher, sys.executable)("-m", "hstu.launch", name)
+            elastic_launch(launcher, sys.executable)("-m", "hstu.launch", name, module)
         except SignalException as stop:
             number = int(stop.sigval)
         except ChildFailedError as error:
@@ -368,11 +372,9 @@ def _environment(run: RunConfig, folder: str) -> Iterator[None]:
 
 def main() -> int:
     """One rank that :func:`launch` has started."""
-    from hstu.train import run_command
-
-    folder = Path(sys.argv[1])
+    folder, module = Path(sys.argv[1]), import_module(sys.argv[2])
     try:
-        run_command(json.loads((folder / OPTIONS).read_text(encoding="utf-8")))
+        module.run_command(json.loads((folder / OPTIONS).read_text(encoding="utf-8")))
     except BaseException as error:
         return conclude(error)
     return 0

@@ -100,6 +100,15 @@ def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str
     partial.replace(folder / "config.yaml")
 
 
+def note_store(folder: Path, store: SequenceStore) -> None:
+    """From now on the run is loaded with ``store``: a stream that builds one for each day goes on to the next."""
+    path = folder / "environment.json"
+    environment = report.read_json(path, "delete the run folder")
+    latest = {"store": str(store.path.resolve()), "split_hash": store.meta.get("split_hash")}
+    if latest != {name: environment.get("latest", environment).get(name) for name in latest}:
+        report.write_json(path, {**environment, "latest": latest})
+
+
 def agree_on_run(world: World, config: Config, store: SequenceStore) -> None:
     """Raises UserError, on all ranks, where they run other code, another config or other data than the first."""
     if world.size == 1:
@@ -189,6 +198,7 @@ def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceS
         raise UserError(f"which={which}: expected best or last")
     config = read_config(folder)
     environment = report.read_json(folder / "environment.json", f"train {folder} first")
+    environment.update(environment.get("latest", {}))
     stored = Path(str(environment.get("store", "")))
     store = SequenceStore.open(stored) if (stored / "meta.json").exists() else open_store(config)
     if store.meta.get("split_hash") != environment.get("split_hash"):

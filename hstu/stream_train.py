@@ -2,19 +2,22 @@
 
     hstu-stream experiment=ml-1m/hstu [stream.day_s=86400] [run.dir=FOLDER]
     hstu-stream data=log stream.watch=FOLDER stream.item_rows=1000000
+    hstu-stream ... run.ranks=4                or: torchrun --nproc-per-node=4 -m hstu.stream_train ...
 
 The model goes from day to day: it is evaluated on a day before it trains on it, so that every number is about events
-that it has not seen. Each event is trained on once. Repeating the command with the same run.dir resumes.
+that it has not seen. Each event is trained on once. Repeating the command with the same run.dir resumes. On several
+ranks the first one watches, decides when a day is complete and prepares it; all train on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ from hstu.errors import UserError, check
 from hstu.evaluate import evaluate, run_device, with_history
 from hstu.problem import Problem, build_model
 from hstu.progress import Display
-from hstu.runs import open_store, run_folder
+from hstu.runs import note_store, open_store, run_folder
 from hstu.seeding import derive
 from hstu.train import Interrupted, Trainer
 from hstu.vocabulary import unknown_shares
@@ -71,10 +74,10 @@ class StreamRetrieval(Problem):
         share = self.data.share(epoch, step, self.ranks)
         return share, self.model.encoder.plan(share.batch)
 
-    def open(self, index: int) -> Day | None:
-        """The day at place ``index``; from now on :meth:`validate` is about it."""
+    def open(self, index: int, stopped: Callable[[], bool]) -> Day | None:
+        """The day at place ``index``, as of :meth:`Days.open`; from now on :meth:`validate` is about it."""
         if self.day is None or self.day[0] != index:
-            found = self.days.open(index)
+            found = self.days.open(index, stopped)
             if found is None:
                 return None
             self.day = index, found
@@ -90,8 +93,12 @@ class StreamRetrieval(Problem):
         if len(kept) == 0:
             return {}
         result = evaluate(self.model, day.store, kept, self.config, self.device, self.world)
-        unknown = unknown_shares(self.model, day.store, kept, self.config.model.max_len)
-        return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown, "targets": len(result)}
+
+        def summarized() -> dict[str, float]:
+            unknown = unknown_shares(self.model, day.store, kept, self.config.model.max_len)
+            return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown, "targets": len(result)}
+
+        return self.world.on_first(summarized)
 
     def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
         raise RuntimeError("a stream holds nothing out at its end: its numbers are those of the days")
@@ -138,15 +145,21 @@ class StreamTrainer(Trainer):
 
     def _epoch(self) -> None:
         assert isinstance(self.problem, StreamRetrieval)
-        limit = self.stream.days
-        day = None if limit is not None and self.progress.epoch >= limit else self.problem.open(self.progress.epoch)
+        epoch, limit = self.progress.epoch, self.stream.days
+        day = None if limit is not None and epoch >= limit else self.problem.open(epoch, self._is_stopped)
         if day is None:
             self._finish()
             return
+        self.world.on_first(lambda: note_store(self.folder, day.store))
         self._set_table_rates()
         if self.progress.step == 0 and self.progress.epoch > 0:  # the first day finds an untrained model
             self._validate({})
         super()._epoch()
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal has come to some rank; all ask it together."""
+        self._agree_to_stop()
+        return self.stopping is not None
 
     def _validate_weights(self, epoch: dict[str, float]) -> None:
         assert isinstance(self.problem, StreamRetrieval) and self.problem.day is not None
@@ -162,7 +175,8 @@ class StreamTrainer(Trainer):
         self._check_parameters()
         day, loss = self.problem.day[1], progress.loss_sum / max(1, progress.loss_events)
         found = {"train_loss": loss, "trained": progress.loss_events, "events": day.num_events, "users": day.num_users}
-        self._log({**found, "lr": self._rate()}, kind="day", day=day.label)
+        uneven = {"imbalance": progress.imbalance_sum / max(1, progress.step)} if self.world.size > 1 else {}
+        self._log({**found, "lr": self._rate(), **uneven}, kind="day", day=day.label)
         self.display.say(f"{day.label}  {day.num_events:,} events of {day.num_users:,} users, loss {loss:.4f}")
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_events, progress.imbalance_sum = 0.0, 0, 0.0
@@ -172,17 +186,21 @@ class StreamTrainer(Trainer):
             raise Interrupted(self.stopping, self.folder)
 
     def _finish(self) -> None:
-        """After the last day. What is best in a stream is what is latest."""
+        """After the last day, or a signal while waiting for one. What is best in a stream is what is latest."""
         self.progress.finished = True
         self._save()
         progress = {"progress": dataclasses.asdict(self.progress)}
-        self.saver.save_best(checkpoint.State(model_state(self.model), progress))
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            self.saver.save_best(checkpoint.State(model_state(self.model), progress))
 
 
-def stream_train(config: Config, stream: StreamConfig, display: Display | None = None) -> Path:
+def stream_train(
+    config: Config, stream: StreamConfig, display: Display | None = None, world: World | None = None
+) -> Path:  # fmt: skip
     """Trains day by day to the end of the log, or until no day comes; returns the run folder.
 
-    The folder then holds ``days.json`` (numbers of every day), ``result.json`` and ``days.png``.
+    The folder then holds ``days.json`` (numbers of every day), ``result.json`` and ``days.png``. world: the ranks that
+    train together; None: those that are there.
 
     Raises:
         UserError: a wrong config, data or run folder, a non-finite value, a full disk.
@@ -190,17 +208,17 @@ def stream_train(config: Config, stream: StreamConfig, display: Display | None =
     """
     keep_freed_memory()
     _check(config, stream)
-    world = World.current(run_device(config.run.device))
-    folder = run_folder(config)
+    world = world or World.current(run_device(config.run.device))
+    folder = world.on_first(lambda: run_folder(config))
     display = display or Display(config.run.progress, world.is_first)
-    days = _make_days(config, stream, folder)
+    days = _make_days(config, stream, folder, display, world)
     number = len(days) if isinstance(days, StoreDays) else stream.days or 1  # shown, and not what ends the stream
     run = dataclasses.replace(config.run, epochs=min(number, stream.days or number))
     config = dataclasses.replace(config, run=run)
-    _keep_settings(folder, stream)
+    world.on_first(lambda: _keep_settings(folder, stream))
     trainer = StreamTrainer(config, stream, days, folder, display, world)
     trainer.run()
-    write_result(folder, config, display)
+    world.on_first(lambda: write_result(folder, config, display))
     return folder
 
 
@@ -213,7 +231,6 @@ def _check(config: Config, stream: StreamConfig) -> None:
     alpha = config.run.stochastic_length.alpha
     check(alpha is None, "run.stochastic_length.alpha", alpha, f"null {beside}")
     check(config.run.reader == "draw", "run.reader", config.run.reader, f"draw {beside}, which reads days")
-    check(config.run.ranks in (None, 1), "run.ranks", config.run.ranks, f"null {beside}")
     check(stream.watch is None or config.data.source == "log", "stream.watch", stream.watch, "null, or data=log")
     if stream.watch is not None:
         check(config.loss.event_weights == "none", "loss.event_weights", config.loss.event_weights,
@@ -224,12 +241,12 @@ def _check(config: Config, stream: StreamConfig) -> None:
             check(value == default, f"data.{name}", value, f"{default!r} with stream.watch, which knows no whole log")
 
 
-def _make_days(config: Config, stream: StreamConfig, folder: Path) -> Days:
+def _make_days(config: Config, stream: StreamConfig, folder: Path, display: Display, world: World) -> Days:
     if stream.watch is None:
-        return StoreDays(open_store(config), stream.day_s)
+        return StoreDays(open_store(config, world), stream.day_s)
     from hstu.data.watch import StreamSource, WatchedDays
 
-    source = StreamSource(Path(stream.watch).expanduser(), stream.settle_s, stream.timeout_s)
+    source = StreamSource(Path(stream.watch).expanduser(), stream.settle_s, stream.timeout_s, world, display.say)
     return WatchedDays(source, config.data, folder / "days", config.model.max_len, stream.item_rows)
 
 
@@ -261,14 +278,30 @@ def read_days(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def late_files(folder: Path) -> dict[str, list[str]]:
+    """By day, the files that came after it, by their paths below the watched folder."""
+    if not (folder / "days").is_dir():
+        return {}
+    from hstu.data.watch import read_record
+
+    return read_record(folder / "days")["late"]
+
+
 def write_result(folder: Path, config: Config, display: Display) -> None:
-    """``days.json``, ``result.json`` with the mean over all evaluated events, ``days.png``."""
-    days = read_days(folder)
+    """``days.json``, ``result.json`` with the mean over all evaluated events, ``days.png``.
+
+    Of a watched folder with the files that came late: how many on each day, and their paths.
+    """
+    days, late = read_days(folder), late_files(folder)
+    for day in days:
+        if day["day"] in late:
+            day["late_files"] = len(late[day["day"]])
+    names_late = {"late_files": late} if late else {}
     evaluated = [day for day in days if day.get("targets")]
     total = sum(day["targets"] for day in evaluated)
     names = metrics.metric_names(config.eval.ks)
     mean = {n: sum(day[n] * day["targets"] for day in evaluated) / total for n in names} if total else {}
-    report.write_json(folder / "days.json", {"days": days})
+    report.write_json(folder / "days.json", {"days": days, **names_late})
     report.write_json(
         folder / "result.json",
         {
@@ -278,7 +311,8 @@ def write_result(folder: Path, config: Config, display: Display) -> None:
     )  # fmt: skip
     plot_days(days, folder / "days.png")
     shown = "  ".join(f"{n} {mean[n]:.4f}" for n in ("hr@10", "ndcg@10", "mrr") if n in mean)
-    display.say(f"{len(days)} days; next day, {total:,} events: {shown or 'none evaluated'}; {folder}")
+    left_out = f"; {sum(map(len, late.values()))} late files left out" if late else ""
+    display.say(f"{len(days)} days; next day, {total:,} events: {shown or 'none evaluated'}{left_out}; {folder}")
 
 
 def plot_days(days: list[dict[str, Any]], path: Path) -> None:
@@ -308,13 +342,26 @@ def plot_days(days: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def run_command(options: dict[str, Any]) -> Path:
-    """What ``hstu-stream`` does with the composed options."""
-    options = dict(options)
-    stream = build(StreamConfig, dict(options.pop("stream", None) or {}), "stream.")
-    config = from_dict(options)
+def run_command(options: dict[str, Any]) -> None:
+    """What ``hstu-stream`` does with the composed options.
+
+    With ``run.ranks`` it starts the ranks, which call it again and join.
+    """
+    from hstu.launch import join, launch, remembered, should_launch
+
+    rest = {name: value for name, value in options.items() if name != "stream"}
+    stream = build(StreamConfig, dict(options.get("stream") or {}), "stream.")
+    config = from_dict(rest)
     check(config.seeds is None, "seeds", config.seeds, "null with hstu-stream; give seed")
-    return stream_train(dataclasses.replace(config, variants={}), stream)
+    config = dataclasses.replace(config, variants={})
+    _check(config, stream)
+    if should_launch(options):
+        return launch(options, "hstu.stream_train", config)
+    with join(config.run) as world:
+        if world.size > 1:  # the same folder on all ranks, and after a restart
+            folder = remembered(world, "stream", lambda: str(run_folder(config)))
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
+        stream_train(config, stream, world=world)
 
 
 @command
@@ -322,13 +369,16 @@ def main() -> int:
     """Entry point of ``hstu-stream``."""
     from omegaconf import OmegaConf
 
+    from hstu.launch import first_to_say
+
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
     try:
-        run_hydra(lambda cfg: run_command(dict(OmegaConf.to_container(cfg, resolve=True))), "stream")  # type: ignore[arg-type]
+        run_hydra(lambda cfg: run_command(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))), "stream")
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if first_to_say():
+            print(stop, file=sys.stderr)
         return stop.exit_code
     return 0
 

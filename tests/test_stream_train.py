@@ -175,12 +175,11 @@ def test_a_watched_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({"optim": OptimConfig(schedule="cosine")}, {}, "optim.schedule='cosine': expected constant with hstu-stream"),
         ({"run_reader": "stream"}, {}, "run.reader='stream': expected draw with hstu-stream"),
-        ({"run_ranks": 2}, {}, "run.ranks=2: expected null with hstu-stream"),
         ({}, {"watch": "folder"}, "stream.watch='folder': expected null, or data=log"),
         ({"data": DataConfig(source="log", dedup="last")}, {"watch": "x"}, "data.dedup='last': expected 'none' with"),
         ({"data": DataConfig(source="log", items_file="x")}, {"watch": "x"}, "data.items_file='x': expected None with"),
     ],
-    ids=["schedule", "reader", "ranks", "watch", "dedup", "items"],
+    ids=["schedule", "reader", "watch", "dedup", "items"],
 )
 def test_what_a_stream_does_not_take(
     tmp_path: Path, changes: dict[str, Any], stream: dict[str, Any], message: str
@@ -208,7 +207,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.chdir(tmp_path)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(module, "stream_train", lambda config, stream: given.update(config=config, stream=stream))
+    monkeypatch.setattr(module, "stream_train", lambda config, stream, **_: given.update(config=config, stream=stream))
     monkeypatch.setattr("sys.argv", ["hstu-stream", "experiment=ml-1m/hstu", "stream.day_s=3600", "seed=3"])
     assert module.main() == 0
     assert given["stream"].day_s == 3600 and given["config"].seed == 3 and given["config"].data.name == "ml-1m"

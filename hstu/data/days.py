@@ -8,6 +8,7 @@ Legend: U users, P pieces, L events in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -67,8 +68,11 @@ class Days(Protocol):
 
     store: SequenceStore
 
-    def open(self, index: int) -> Day | None:
-        """The day at place ``index``, waiting for it where days arrive; None after the last."""
+    def open(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Day | None:
+        """The day at place ``index``, waiting for it where days arrive; None after the last.
+
+        stopped: asked again and again while waiting, by all ranks together; True ends the wait with None.
+        """
 
 
 class StoreDays:
@@ -85,7 +89,7 @@ class StoreDays:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def open(self, index: int) -> Day | None:
+    def open(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Day | None:
         if index >= len(self.numbers):
             return None
         start = int(self.numbers[index]) * self.day_s

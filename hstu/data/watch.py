@@ -27,9 +27,11 @@ from hstu.data.shuffle_buffer import joined_ranges
 from hstu.data.spill import id_hashes
 from hstu.data.store import SequenceStore, write_store
 from hstu.data.tables import Rejects, read_tables
+from hstu.distributed import World
 from hstu.errors import UserError
 
 SUCCESS = "_SUCCESS"
+RECORD = "days.json"
 DAY_S = 86_400
 _DATE = re.compile(r"(?<!\d)(\d{4})-?(\d\d)-?(\d\d)(?!\d)")
 _POLL_S = 1.0
@@ -42,53 +44,71 @@ class StreamSource:
     Attributes:
         settle_s: seconds without a change after which a file is complete.
         timeout_s: gives up when no new day is complete for so long; a last day whose files are complete is then given.
-        late: files found for a day that had been given; they are left out.
+        world: the ranks, which call :meth:`next_day` together. The first one looks and decides.
+        say: told of each late file, once.
+        given: on the first rank, the files of each day that was given, by their paths below ``folder``.
+        late: likewise, the files found for a day that had passed; they are left out.
         now, sleep: the clock, s, and how to wait.
     """
 
     folder: Path
     settle_s: float
     timeout_s: float
-    late: list[Path] = field(default_factory=list)
+    world: World = field(default_factory=World)
+    say: Callable[[str], None] = lambda line: None
+    given: dict[str, list[str]] = field(default_factory=dict)
+    late: dict[str, list[str]] = field(default_factory=dict)
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
-    _given: dict[str, set[Path]] = field(default_factory=dict)
 
-    def next_day(self, after: str | None) -> tuple[str, list[Path]] | None:
-        """Date (ISO) and files of the earliest complete day later than ``after``; None after the time-out.
+    def next_day(
+        self, after: str | None, stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[str, list[Path]] | None:  # fmt: skip
+        """Date (ISO) and files of the earliest complete day later than ``after``; None after the time-out, or where
+        ``stopped`` says so, which all ranks ask together every second or so.
 
         Raises UserError where the folder is missing or holds a file without a date in its path.
         """
         deadline = self.now() + self.timeout_s
         while True:
-            found = self._scan(after)
-            timed_out = self.now() >= deadline
-            for place, (label, files) in enumerate(sorted(found.items())):
-                begun_later = place + 1 < len(found)
-                if not self._all_complete(files):
-                    break  # days are given in order
-                if begun_later or timed_out or all((f.parent / SUCCESS).exists() for f in files):
-                    self._given[label] = set(files)
-                    return label, files
-            if timed_out:
-                return None
+            found, timed_out = self.world.on_first(lambda: self._look(after, deadline))
+            if found is not None or timed_out or stopped():
+                return found
             self.sleep(min(_POLL_S, max(0.0, deadline - self.now())))
+
+    def _look(self, after: str | None, deadline: float) -> tuple[tuple[str, list[Path]] | None, bool]:
+        """The earliest complete day, where there is one now, and whether the time is over."""
+        found = self._scan(after)
+        timed_out = self.now() >= deadline
+        for place, (label, files) in enumerate(sorted(found.items())):
+            begun_later = place + 1 < len(found)
+            if not self._all_complete(files):
+                break  # days are given in order
+            if begun_later or timed_out or all((f.parent / SUCCESS).exists() for f in files):
+                self.given[label] = [self._name(f) for f in files]
+                return (label, files), timed_out
+        return None, timed_out
 
     def _scan(self, after: str | None) -> dict[str, list[Path]]:
         """Files of each day later than ``after``; notes the late ones."""
         if not self.folder.is_dir():
             raise UserError(f"stream.watch={self.folder}: no such folder")
         found: dict[str, list[Path]] = {}
+        known = {label: {*names, *self.late.get(label, ())} for label, names in self.given.items()}
         for path in sorted(self.folder.rglob("*")):
-            known = log.FORMATS.get(path.suffix.lower()) is not None
-            if not known or path.name.startswith((".", "_")) or not path.is_file():
+            is_log = log.FORMATS.get(path.suffix.lower()) is not None
+            if not is_log or path.name.startswith((".", "_")) or not path.is_file():
                 continue
             label = self._date(path)
             if after is None or label > after:
                 found.setdefault(label, []).append(path)
-            elif label in self._given and path not in self._given[label] and path not in self.late:
-                self.late.append(path)
+            elif self._name(path) not in known.get(label, self.late.get(label, ())):
+                self.late.setdefault(label, []).append(self._name(path))
+                self.say(f"{path} came late and is left out: {label} has passed")
         return found
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
     def _date(self, path: Path) -> str:
         for year, month, day in reversed(_DATE.findall(str(path.relative_to(self.folder)))):
@@ -110,29 +130,56 @@ class WatchedDays:
     Item ids are ``1 + hash % item_rows`` (:func:`hstu.data.hashing.hash_ids`), so that new items need no growing table;
     items that share an id share everything. The store of a day is built from the one of the day before and lies under
     ``folder``; the first and the last two are kept. Events whose time lies outside the day of their file are left out
-    and counted (``events_outside`` in the store's ``meta.json``).
+    and counted (``events_outside`` in the store's ``meta.json``). All ranks of the source call :meth:`open` together;
+    the first one builds.
     """
 
     def __init__(self, source: StreamSource, config: DataConfig, folder: Path, max_len: int, item_rows: int) -> None:
         self.source, self.config, self.folder = source, config, folder
         self.max_len, self.item_rows = max_len, item_rows
-        folder.mkdir(parents=True, exist_ok=True)
-        self.labels: list[str] = _read_labels(folder)
+        self.world = source.world
+        self.labels: list[str] = self.world.on_first(self._begin)
         first = self.open(0)
         if first is None:
             raise UserError(f"stream.watch={source.folder}: no complete day within stream.timeout_s={source.timeout_s}")
         self.store = first.store
 
-    def open(self, index: int) -> Day | None:
+    def _begin(self) -> list[str]:
+        """What earlier runs have built."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = read_record(self.folder)
+        self.source.given.update(record["days"])
+        self.source.late.update(record["late"])
+        return list(record["days"])
+
+    def open(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Day | None:
         if index >= len(self.labels):
-            found = self.source.next_day(self.labels[-1] if self.labels else None)
+            found = self.source.next_day(self.labels[-1] if self.labels else None, stopped)
+            self.world.on_first(lambda: self._keep(found))
             if found is None:
                 return None
-            self._build(*found)
+            self.labels.append(found[0])
         label = self.labels[index]
+        if not (self.folder / label).is_dir():
+            raise UserError(
+                f"{self.folder / label} is not there on rank {self.world.rank}: expected run.dir on a disk that all "
+                "machines share"
+            )
         store = SequenceStore.open(self.folder / label)
         first = np.load(self.folder / f"{label}.first.npy")
         return Day(label, store, first, np.asarray(store.offsets[1:]))
+
+    def _keep(self, found: tuple[str, list[Path]] | None) -> None:
+        """Builds the store of a day that was found, and writes down what was given and what came late."""
+        if found is not None:
+            self._build(*found)
+        partial = self.folder / ".days.json.partial"
+        record = {"days": self.source.given, "late": self.source.late}
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.replace(self.folder / RECORD)
+        for old in self.labels[1:-1] if found is not None else ():
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+            (self.folder / f"{old}.first.npy").unlink(missing_ok=True)
 
     def _build(self, label: str, files: list[Path]) -> None:
         before = SequenceStore.open(self.folder / self.labels[-1]) if self.labels else None
@@ -151,13 +198,6 @@ class WatchedDays:
                   "events_outside": outside, "rejects": rejects, "files": [str(f) for f in files]},
         )  # fmt: skip
         np.save(self.folder / f"{label}.first.npy", merged.first)
-        self.labels.append(label)
-        partial = self.folder / ".days.json.partial"
-        partial.write_text(json.dumps(self.labels), encoding="utf-8")
-        partial.replace(self.folder / "days.json")
-        for old in self.labels[1:-2]:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
-            (self.folder / f"{old}.first.npy").unlink(missing_ok=True)
 
     def _read(self, files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         """Events of the files: ``user`` text, ``item`` id, ``time`` s, ``row``; and the reasons of rejected rows."""
@@ -178,9 +218,10 @@ class WatchedDays:
         }, rejects.reasons  # fmt: skip
 
 
-def _read_labels(folder: Path) -> list[str]:
-    path = folder / "days.json"
-    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+def read_record(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """``days`` and ``late``: the files of each day that was given, and those that came after it, by their paths."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"days": {}, "late": {}}
 
 
 @dataclass(frozen=True)

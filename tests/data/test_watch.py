@@ -98,11 +98,25 @@ def test_late_files_are_noted_and_left_out(tmp_path: Path) -> None:
     clock = Clock()
     put(tmp_path / "2026-03-01/a.csv")
     put(tmp_path / "2026-03-02/a.csv")
-    watched = source(tmp_path, clock)
+    watched, said = source(tmp_path, clock), []
+    watched.say = said.append
     watched.next_day(None)
-    late = put(tmp_path / "2026-03-01/b.csv")
+    late, older = put(tmp_path / "2026-03-01/b.csv"), put(tmp_path / "2026-02-27.csv")
     found = watched.next_day("2026-03-01")
-    assert found == ("2026-03-02", [tmp_path / "2026-03-02/a.csv"]) and watched.late == [late]
+    assert found == ("2026-03-02", [tmp_path / "2026-03-02/a.csv"])
+    assert watched.next_day("2026-03-02") is None
+    assert watched.late == {"2026-02-27": ["2026-02-27.csv"], "2026-03-01": ["2026-03-01/b.csv"]}
+    assert said == [
+        f"{older} came late and is left out: 2026-02-27 has passed",
+        f"{late} came late and is left out: 2026-03-01 has passed",
+    ]
+
+
+def test_a_wait_that_is_stopped_gives_no_day(tmp_path: Path) -> None:
+    clock = Clock()
+    put(tmp_path / "2026-03-01.csv")
+    assert source(tmp_path, clock).next_day(None, lambda: clock.time >= NOW + 5) is None
+    assert clock.time == NOW + 5
 
 
 def test_wrong_folders(tmp_path: Path) -> None:
@@ -164,9 +178,13 @@ def test_days_that_were_built_are_not_built_again(tmp_path: Path) -> None:
     assert kept == ["2026-03-01", "2026-03-04", "2026-03-05"], "the first and the last two"
     again = watched_days(tmp_path)
     write_day(tmp_path / "in", "2026-03-06", [("bob", "6", 5)])
+    write_day(tmp_path / "in", "2026-03-02", [("bob", "7", 5)])
+    put(tmp_path / "in/dt=2026-03-02/part-1.csv")
     last, new = again.open(4), again.open(5)
     assert last is not None and new is not None
     assert (last.label, new.label, new.store.num_users) == ("2026-03-05", "2026-03-06", 2)
+    late = {"2026-03-02": ["dt=2026-03-02/part-1.csv"]}
+    assert again.source.late == late and watched_days(tmp_path).source.late == late, "part-0 had been given"
 
 
 def test_no_day_at_all(tmp_path: Path) -> None:
