@@ -350,7 +350,7 @@ def evaluate_run(options: dict[str, Any]) -> Evaluation | dict[str, Any]:
     path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
     content = evaluation_json(config, store, evaluation, part, options["which"])
     report.write_json(path, content | unknown | {"seconds": seconds})
-    console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False)
+    console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
     return evaluation
 
 

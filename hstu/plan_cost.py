@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.feature_tables import BAGS
 from hstu.plan_config import DTYPE_BYTES, PlanConfig
 from hstu.plan_memory import (
     DRAW_BYTES,
@@ -109,8 +110,9 @@ def _lookup(config: PlanConfig, network: Network, what: str, rows: float) -> lis
     copies = num_shards(config) if sharding == "column_wise" else 1
     if num_shards(config) < config.cluster.gpus:  # few GPUs have all rows
         rows = rows * config.cluster.gpus / num_shards(config)
+    lengths = config.cluster.gpus * 2 * BAGS * INT64  # go first, those of what is scored with them
     return [
-        network.all_to_all(f"ids of {what}", rows * copies * INT64, 2),  # lengths first
+        network.all_to_all(f"ids of {what}", rows * copies * INT64 + lengths, 2),
         network.all_to_all(f"rows of {what}", rows * dim * each),
         network.all_to_all(f"gradients of {what}", rows * dim * each),
     ]

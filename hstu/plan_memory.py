@@ -22,7 +22,9 @@ import torch
 from hstu.config import build
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
 from hstu.errors import UserError
+from hstu.feature_tables import BAGS
 from hstu.plan_config import DTYPE_BYTES, PlanConfig
+from hstu.sharded_losses import MAX_DRAWS
 from hstu.sharded_plan import column_part, state_bytes
 from kernels._common import CACHE_MIB, MIN_ROWS
 
@@ -353,6 +355,7 @@ def _sharded_loss(config: PlanConfig, work: Workload) -> LossMemory:
     gpus, row, l2 = config.cluster.gpus, FLOAT * config.model.dim, config.model.l2_normalize
     everyone, scored, count = work.tokens * gpus, scored_rows(config, work), config.loss.num_negatives
     kept = everyone * (2 * row + INT64 + 3 * FLOAT + 1)  # all queries, the rows of their labels, numbers
+    kept += gpus * 2 * BAGS * INT64  # lengths of the ids' rows, of events and of what is scored
     workspace = 2 * everyone * row + 2 * scored * row  # gradients of all that
     if l2:  # own queries and fetched rows before they are normalised; rows of events lie in the same storage
         kept += work.tokens * 2 * row + scored * (row + 2 * FLOAT)
@@ -363,7 +366,9 @@ def _sharded_loss(config: PlanConfig, work: Workload) -> LossMemory:
     width = rectangle_width(everyone, count, gpus)
     kept += scored * row + everyone * (width + 1) * (INT32 + FLOAT if config.torch_path else INT64)
     # Every GPU draws the negatives of all positions and picks its own before the forward pass.
-    return LossMemory(kept, workspace, everyone * count * DRAW_BYTES)
+    own = everyone * count / gpus * (INT32 + INT64) if gpus > 1 else 0.0
+    drawn = min(everyone * count, MAX_DRAWS) if gpus > 1 else everyone * count
+    return LossMemory(kept, workspace, drawn * DRAW_BYTES + own)
 
 
 # All of it

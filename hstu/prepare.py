@@ -212,7 +212,7 @@ def print_summary(store: SequenceStore, seconds: float) -> None:
     console = Console()
     console.print(table)
     for note in meta.get("notes", []):
-        console.print(f"note: {note}", style="yellow")
+        console.print(f"note: {note}", style="yellow", markup=False)
     if any(not entry["agrees"] for entry in published.values()):
         text = "COUNTS DIFFER from the published ones: a subset, another filter or another version of the raw files"
         console.print(text, style="bold red")
@@ -227,8 +227,8 @@ def print_summary(store: SequenceStore, seconds: float) -> None:
             f"rejected rows: {sum(rejects.values()):,}, listed in {store.path / 'rejects.csv'}", style="yellow"
         )
         for reason, number in sorted(rejects.items(), key=lambda pair: -pair[1]):
-            console.print(f"  {number:,} x {reason}")
-    console.print(f"split hash {meta['split_hash']}   {seconds:.1f} s   {store.path}")
+            console.print(f"  {number:,} x {reason}", markup=False)
+    console.print(f"split hash {meta['split_hash']}   {seconds:.1f} s   {store.path}", markup=False)
 
 
 def _task(cfg: Any) -> None:

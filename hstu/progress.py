@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hstu.data.stochastic_length import savings_text
@@ -44,14 +45,14 @@ class Display:
         ranks = f" on {world.size} ranks" if world.size > 1 else ""
         without = f"{parameters['without_embeddings']:,} without embeddings"
         lines = [
-            f"[bold]{config.experiment}[/bold]: {model.name}, {parameters['total']:,} parameters ({without}), "
+            f"[bold]{escape(config.experiment)}[/bold]: {model.name}, {parameters['total']:,} parameters ({without}), "
             f"{objective}, {world.device.type}{ranks}, seed {config.seed}",
-            f"{name}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} batches of "
-            f"{size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
-            f"run folder {folder}" + (f", resumed at step {global_step:,}" if global_step else ""),
+            f"{escape(name)}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} "
+            f"batches of {size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
+            f"run folder {escape(str(folder))}" + (f", resumed at step {global_step:,}" if global_step else ""),
         ]
         if world.again:
-            lines.append(world.again)
+            lines.append(escape(world.again))
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
     def start_epoch(self, epoch: int, num_epochs: int, num_steps: int, step: int) -> None:
@@ -86,7 +87,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def end_run(self) -> None:
         if self._bar is not None:

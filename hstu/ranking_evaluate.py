@@ -351,5 +351,5 @@ def evaluate_ranking_run(
         console.print(note, soft_wrap=True, highlight=False)
     path = run / f"evaluation{suffix}.json"
     report.write_json(path, evaluation)
-    console.print(f"{evaluation['seconds']:.1f} s; written to {path}", soft_wrap=True, highlight=False)
+    console.print(f"{evaluation['seconds']:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
     return evaluation

@@ -203,6 +203,7 @@ def _print_notes(runs: list[Planned], console: Console) -> None:
             f"{savings_text(timing, '; ')}; {run.folder}",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
     if runs[0].config.run.selection == "reference":
         console.print("run.selection=reference: the best epoch was chosen on test, as the published numbers were.")

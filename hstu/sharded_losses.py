@@ -14,6 +14,7 @@ a position on this rank, M items of a bank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,8 +174,15 @@ class Block:
 DRAWS_PER_ROW = 16
 """With so many ids of a block for each of its rows, all rows are fetched: of uniform draws less than 1 in 10^6 is in
 vain, and no id has to be looked for."""
+MAX_DRAWS = 2**26
+"""Every rank draws the negatives of all positions, so many at a time, and keeps those of its own block."""
 DENSE_BLOCK = 8
 """A block of up to so many times the ids of a step is marked in a map of its size, a larger one is sorted."""
+
+
+def pieces_of(length: int, step: int) -> list[slice]:
+    """Consecutive slices of at most ``step`` that cover ``length``; an empty one for 0."""
+    return [slice(start, min(start + step, length)) for start in range(0, max(1, length), step)]
 
 
 def find_places(block: Block, parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -197,26 +205,33 @@ def find_places(block: Block, parts: list[Tensor]) -> tuple[Tensor, list[Tensor]
     return ids + block.first, list(places.split([part.numel() for part in parts]))
 
 
-def scored_negatives(positions: Positions, labels: Tensor, negatives: Tensor, block: Block) -> Scored:
-    """Of a sampled softmax. labels: [P]. negatives: [P, R]; those of other blocks, and the label, are left out."""
+def scored_negatives(positions: Positions, labels: Tensor, negatives: Iterable[Tensor], block: Block) -> Scored:
+    """Of a sampled softmax. labels: [P]. negatives: [P, R] in pieces of consecutive positions, the whole in one on a
+    single rank; those of other blocks, and the label, are left out."""
     if positions.world.size == 1:  # the op leaves the label out
-        ids, (own, places) = find_places(block, [labels, negatives.reshape(-1)])
+        (whole,) = negatives
+        ids, (own, places) = find_places(block, [labels, whole.reshape(-1)])
         own = own.clone()  # is kept for the backward, and would keep the storage of all places with it
-        return Scored(positions, ids, own, places.view(negatives.shape))
-    owned, num_columns = block.holds(labels), negatives.shape[1]
-    inside = block.holds(negatives).logical_and_(negatives != labels[:, None].to(negatives.dtype)).view(-1)
-    flat = inside.nonzero()[:, 0]  # [n]
-    ids, (label_places, places) = find_places(block, [labels[owned], negatives.reshape(-1).index_select(0, flat)])
+        return Scored(positions, ids, own, places.view(whole.shape))
+    owned, start = block.holds(labels), 0
+    drawn, row_parts = [], []
+    for piece in negatives:
+        own_labels = labels[start : start + len(piece), None].to(piece.dtype)
+        flat = block.holds(piece).logical_and_(piece != own_labels).view(-1).nonzero()[:, 0]
+        drawn.append(piece.reshape(-1).index_select(0, flat))
+        row_parts.append(flat.div(piece.shape[1], rounding_mode="floor") + start)
+        start += len(piece)
+    rows = torch.cat(row_parts)  # [n], ascending
+    ids, (label_places, places) = find_places(block, [labels[owned], torch.cat(drawn)])
     own = torch.full_like(labels, OTHERS, dtype=torch.int64)
     own[owned] = label_places
-    rows = flat.div(num_columns, rounding_mode="floor")
     counts = torch.bincount(rows, minlength=len(labels))  # [P]
     width = max(1, int(counts.max())) if len(labels) else 1
     candidates = own[:, None].repeat(1, width)  # a label does not count as its own negative
     starts = counts.cumsum(0) - counts
     # Row by row: the n-th of all is the (n - starts[row])-th of its row.
-    shift = torch.arange(len(labels), device=flat.device) * width - starts
-    target = torch.arange(len(flat), device=flat.device) + shift.index_select(0, rows)
+    shift = torch.arange(len(labels), device=rows.device) * width - starts
+    target = torch.arange(len(rows), device=rows.device) + shift.index_select(0, rows)
     candidates.view(-1).index_copy_(0, target, places)
     return Scored(positions, ids, own, candidates)
 
@@ -244,8 +259,15 @@ def scored_by(
         known = positions.gather(known.long())
         all_rows = None if rows is None else known[:, 1]
         all_labels = known[:, 0]
-        negatives = draw_negatives(len(known), loss.num_negatives, num_items, seed, labels.device, all_rows)
-        return scored_negatives(positions, all_labels, negatives, block)
+        step = len(known) if world.size == 1 else MAX_DRAWS // loss.num_negatives
+        pieces = (
+            draw_negatives(
+                len(known[part]), loss.num_negatives, num_items, seed, labels.device,
+                None if all_rows is None else all_rows[part],
+            )
+            for part in pieces_of(len(known), max(1, step))
+        )  # fmt: skip
+        return scored_negatives(positions, all_labels, pieces, block)
     all_labels = positions.gather(labels.long())
     if loss.name == "full_softmax":
         return scored_bank(positions, all_labels, None, block)

@@ -108,10 +108,21 @@ def whole_table(table, world):
 SIZES = {1: [60], 2: [35, 25], 4: [20, 0, 33, 7]}
 
 
-def check(loss, optimizer, sharding, num_ranks, normalize=True, steps=3):
+def train_in_pieces(*args):
+    """With the negatives of seven positions drawn at a time."""
+    from hstu import sharded_losses
+
+    usual, sharded_losses.MAX_DRAWS = sharded_losses.MAX_DRAWS, 7 * LOSSES["sampled"]["num_negatives"]
+    try:
+        return train(*args)
+    finally:
+        sharded_losses.MAX_DRAWS = usual
+
+
+def check(loss, optimizer, sharding, num_ranks, normalize=True, steps=3, train_on_ranks=train):
     expected = train(LOSSES[loss], "local", optimizer, "auto", [60], normalize, steps)
     results = run_ranks(
-        num_ranks, train, LOSSES[loss], "sharded", optimizer, sharding, SIZES[num_ranks], normalize, steps
+        num_ranks, train_on_ranks, LOSSES[loss], "sharded", optimizer, sharding, SIZES[num_ranks], normalize, steps
     )
     for losses, table, linear in results:
         for ours, theirs in zip(losses, expected[0], strict=True):
@@ -140,6 +151,10 @@ def test_losses_and_gradients_of_one_rank(loss, num_ranks):
 )  # with column_wise, the row-wise optimizers keep a number for each part of a row
 def test_optimizers_under_every_sharding(optimizer, sharding):
     check("sampled", optimizer, sharding, 2)
+
+
+def test_negatives_drawn_in_pieces():
+    check("sampled", "sgd", "row_wise", 2, train_on_ranks=train_in_pieces)
 
 
 def test_ten_steps_of_rowwise_adagrad_on_four_ranks():
@@ -175,10 +190,11 @@ def test_negatives_of_a_block():
     from hstu.sharded_losses import OTHERS, Block, Positions, scored_negatives
 
     labels, negatives = torch.tensor([5, 1]), torch.tensor([[5, 7, 2, 4], [4, 3, 2, 1]])
-    scored = scored_negatives(Positions(World(1, 2), (1, 1)), labels, negatives, Block(4, 8))
-    assert scored.ids.tolist() == [4, 5, 7]
-    assert scored.labels.tolist() == [3, OTHERS]
-    assert scored.candidates.tolist() == [[4, 2], [2, OTHERS]]  # filled up with the label
+    for pieces in ([negatives], [negatives[:1], negatives[1:]]):
+        scored = scored_negatives(Positions(World(1, 2), (1, 1)), labels, pieces, Block(4, 8))
+        assert scored.ids.tolist() == [4, 5, 7]
+        assert scored.labels.tolist() == [3, OTHERS]
+        assert scored.candidates.tolist() == [[4, 2], [2, OTHERS]]  # filled up with the label
 
 
 def test_blocks_cover_the_table_once():

@@ -35,7 +35,8 @@ from hstu.errors import UserError
 from hstu.model.retrieval import RetrievalModel
 from hstu.nonfinite import first_non_finite
 from hstu.optim import WeightAverage, make_optimizer, set_learning_rate
-from hstu.results import expand_runs, show_results
+from hstu.progress import Display
+from hstu.results import Planned, expand_runs, show_results
 from hstu.runs import load_run, lock_folder
 from hstu.train import Interrupted, Trainer, run_command, train
 
@@ -427,3 +428,11 @@ def test_values_out_of_range_are_refused_before_anything_runs(tmp_path, key, val
     options[group][name] = value
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         expand_runs(options)
+
+
+def test_brackets_in_a_folder_are_no_markup(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = tmp_path / "a[b] [/c"
+    config = make_config(tmp_path, run_epochs=1, run_dir=str(folder))
+    show_results([Planned("hstu", config, train(config))], Display(False).console)
+    assert capsys.readouterr().out.count(str(folder)) == 2
