@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -29,6 +29,7 @@ from torch import Tensor
 from hstu import checkpoint_v1
 from hstu.checkpoint_dcp import (
     METADATA_FILE,
+    Block,
     FileSum,
     Pieces,
     file_sum,
@@ -69,8 +70,9 @@ class State:
 class Saver:
     """Writes the checkpoints of one run, and removes all but the last ``keep_last`` and the best.
 
-    Every rank has one and calls its methods in the same order. A save copies the state to the host and returns; a
-    thread then writes. The next save of the same kind first waits for the one before.
+    Every rank has one and calls its methods in the same order. A save copies to the host what this rank writes and
+    returns; a thread then writes. A tensor that several ranks hold is copied and written by one of them. Steps and the
+    best share the memory of the copies, so that the next save of either kind first waits for the one before.
 
     Args:
         folder: ``checkpoints`` of the run; what a crash left there is cleared away.
@@ -83,55 +85,68 @@ class Saver:
         # Of its own: the thread's collectives must not meet those of the training.
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=same_gpu())
-        self._running: dict[str, Future[None]] = {}
-        self._copies: dict[str, dict[Any, Tensor]] = {"step": {}, "best": {}}
+        self._running: Future[None] | None = None
+        self._copies: dict[Block, Tensor] = {}
+        self._held: dict[str, dict[Block, int]] = {}
+        """Blocks of this rank in the last save of each kind, with their bytes."""
+        self._writers: dict[Block, int] = {}
         if self.world.is_first:
             _clear_leftovers(folder)
         self.world.barrier()
 
     def save(self, state: State, step: int) -> None:
         """Begins ``step-<step>``. Raises OSError where the save before it met a full disk; older ones are untouched."""
-        self._begin("step", f"step-{step:09d}", state)
+        self._begin(f"step-{step:09d}", state)
 
     def save_best(self, state: State) -> None:
         """Begins ``best``, in place of an earlier one."""
-        self._begin("best", BEST, state)
+        self._begin(BEST, state)
 
     def wait(self) -> None:
         """Returns when everything begun is on disk. Raises what went wrong in the background."""
-        for kind in list(self._running):
-            self._finish(kind)
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
     def close(self) -> None:
         """Ends the thread when what is begun is written; raises nothing. The saver cannot be used again."""
         self._thread.shutdown(wait=True)
-        self._running.clear()
+        self._running = None
         self._copies.clear()
 
-    def _begin(self, kind: str, name: str, state: State) -> None:
-        self._finish(kind)
-        tensors = {key: pieces_of(value) for key, value in state.tensors.items()}
+    def _begin(self, name: str, state: State) -> None:
+        self.wait()
+        kind = BEST if name == BEST else "step"
+        tensors = self._of_this_rank(kind, {key: pieces_of(value) for key, value in state.tensors.items()})
         if not self.background:
             self._write(name, tensors, state.values)
             return
         devices = {block.device for value in tensors.values() for _, block in value.blocks if block.is_cuda}
-        tensors = {key: value.copied(self._copies[kind], key) for key, value in tensors.items()}
+        tensors = {key: value.copied(self._copies, key) for key, value in tensors.items()}
         for device in devices:
             torch.cuda.synchronize(device)
-        before = self._running.get("best")
-        self._running[kind] = self._thread.submit(self._write, name, tensors, dict(state.values), before)
+        self._running = self._thread.submit(self._write, name, tensors, dict(state.values))
 
-    def _finish(self, kind: str) -> None:
-        running = self._running.pop(kind, None)
-        if running is not None:
-            running.result()
+    def _of_this_rank(self, kind: str, tensors: dict[str, Pieces]) -> dict[str, Pieces]:
+        """With the blocks alone that this rank writes. The ranks tell each other theirs where some have new ones."""
+        if self.group is None:
+            return tensors
+        held = {(name, offsets): block.nbytes for name, value in tensors.items() for offsets, block in value.blocks}
+        changed = torch.tensor(int(held != self._held.get(kind)))
+        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self.group)
+        if changed:
+            everyone: list[Any] = [None] * self.world.size
+            dist.all_gather_object(everyone, held, group=self.group)
+            self._held[kind] = held
+            self._writers |= writers(everyone, self._writers)
+        rank = self.world.rank
+        return {
+            name: value.only({offsets for offsets, _ in value.blocks if self._writers[name, offsets] == rank})
+            for name, value in tensors.items()
+        }
 
-    def _write(
-        self, name: str, tensors: Mapping[str, Pieces], values: dict[str, Any], before: Future[None] | None = None
-    ) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Pieces], values: dict[str, Any]) -> None:
         target, partial = self.folder / name, self.folder / (name + _PARTIAL)
-        if before is not None:
-            before.result()  # a step that knows of a best one that could not be written is not written either
 
         def publish(sums: dict[str, FileSum]) -> None:
             elsewhere = [name for name in sums if not (partial / name).exists()]
@@ -155,6 +170,28 @@ class Saver:
             if self.world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def writers(held: Sequence[Mapping[Block, int]], before: Mapping[Block, int] | None = None) -> dict[Block, int]:
+    """Rank that writes each block: of those that hold it the one with the fewest bytes so far, large blocks first.
+
+    held: bytes of the blocks of each rank. before: an earlier answer, which is kept where that rank still holds the
+    block. What leaves no choice is counted first.
+    """
+    holders: dict[Block, list[int]] = {}
+    sizes: dict[Block, int] = {}
+    for rank, blocks in enumerate(held):
+        for block, size in blocks.items():
+            holders.setdefault(block, []).append(rank)
+            sizes[block] = size
+    for block, rank in (before or {}).items():
+        if rank in holders.get(block, ()):
+            holders[block] = [rank]
+    found, load = {}, [0] * len(held)
+    for block in sorted(holders, key=lambda b: (len(holders[b]) > 1, -sizes[b], b)):
+        found[block] = min(holders[block], key=lambda rank: (load[rank], rank))
+        load[found[block]] += sizes[block]
+    return found
 
 
 def _write_json(path: Path, values: Any) -> None:

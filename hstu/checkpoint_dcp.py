@@ -56,6 +56,9 @@ _FILE_RESULT = "file:"
 
 # Tensors and their blocks
 
+Block = tuple[str, tuple[int, ...]]
+"""Name of a tensor and the offsets of one of its blocks."""
+
 
 class Pieces:
     """What this rank holds of one tensor: blocks with their offsets. Has the methods by which DCP plans.
@@ -76,14 +79,22 @@ class Pieces:
         """The block that begins at ``offsets``."""
         return self._by_offsets[tuple(offsets)]
 
-    def copied(self, into: dict[Any, Tensor], name: str) -> Pieces:
-        """The same with blocks copied to the host, into the tensors that ``into`` holds from an earlier call."""
+    def only(self, offsets: Collection[tuple[int, ...]]) -> Pieces:
+        """The same with the blocks at ``offsets`` alone."""
+        return Pieces(self._size, [(o, block) for o, block in self.blocks if o in offsets])
+
+    def copied(self, into: dict[Block, Tensor], name: str) -> Pieces:
+        """The same with blocks copied to the host, into the tensors that ``into`` holds from an earlier call.
+
+        One of another shape or dtype is let go.
+        """
         copies = []
         for offsets, block in self.blocks:
-            key = (name, offsets, block.shape, block.dtype)
-            if key not in into:
-                into[key] = torch.empty(block.shape, dtype=block.dtype, pin_memory=block.is_cuda)
-            copies.append((offsets, into[key].copy_(block.detach(), non_blocking=block.is_cuda)))
+            held = into.get((name, offsets))
+            if held is None or (held.shape, held.dtype) != (block.shape, block.dtype):
+                held = torch.empty(block.shape, dtype=block.dtype, pin_memory=block.is_cuda)
+                into[name, offsets] = held
+            copies.append((offsets, held.copy_(block.detach(), non_blocking=block.is_cuda)))
         return Pieces(self._size, copies)
 
     def split(self, limit: int = PIECE_BYTES) -> Pieces:

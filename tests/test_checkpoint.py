@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
     assert last_step(tmp_path) == 2
 
 
+def test_a_step_waits_for_the_best_whose_memory_it_takes(tmp_path, monkeypatch):
+    write = checkpoint.write
+
+    def slowly(*args):
+        time.sleep(0.1)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "write", slowly)
+    saver = Saver(tmp_path, keep_last=2)
+    saver.save_best(state(1))
+    saver.save(state(2), 2)
+    copied = {name for name, _ in saver._copies}
+    saver.save_best(state(3))
+    assert {name for name, _ in saver._copies} == copied and len(saver._copies) == len(state(1).tensors)
+    saver.close()
+    found = [checkpoint.load(tmp_path / name).tensors("model.")["w"] for name in ("step-000000002", "best")]
+    assert [value.unique().tolist() for value in found] == [[2.0], [3.0]]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("background", [True, False], ids=["background", "at once"])
 @pytest.mark.parametrize("file", [TENSORS, ".metadata.tmp", "values.json", "manifest.json"])
@@ -135,9 +155,8 @@ def test_a_step_is_not_written_where_its_best_one_could_not_be(tmp_path):
     (tmp_path / "best.partial").mkdir()
     (tmp_path / "best.partial" / TENSORS).symlink_to("/dev/full")
     saver.save_best(state(1))
-    saver.save(state(1), 1)
     with pytest.raises(OSError, match="No space left"):
-        saver.wait()
+        saver.save(state(1), 1)
     saver.close()
     assert names(tmp_path) == []
 

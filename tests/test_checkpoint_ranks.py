@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Rows
 
 from hstu import checkpoint
-from hstu.checkpoint import Saver, State
+from hstu.checkpoint import Saver, State, writers
 from hstu.checkpoint_state import restore_run, run_state
 from hstu.config import Config, OptimConfig
 from hstu.data.store import SequenceStore
@@ -100,6 +101,39 @@ def test_what_is_whole_on_every_rank_is_written_once(tmp_path):
     run_ranks(4, save, tmp_path / "four", 1.0)
     one, four = (sum(f.stat().st_size for f in (tmp_path / n / "step-000000000").iterdir()) for n in ("one", "four"))
     assert four < one + 20_000  # headers of torch.save, not four times the tensors
+
+
+def test_writers_by_hand():
+    a, b, c, own = ("a", (0,)), ("b", (0,)), ("c", (0,)), ("own", (0,))
+    both = {a: 8, b: 5, c: 4}
+    # own's 6 lie on rank 1; then 8 -> rank 0, 5 -> 1 (11), 4 -> 0 (12).
+    assert writers([both, {**both, own: 6}]) == {own: 1, a: 0, b: 1, c: 0}
+    # b stays on rank 1, a cannot stay on 2; then 8 -> rank 0, 4 -> 1 (9).
+    assert writers([both, both], {a: 2, b: 1, own: 1}) == {b: 1, a: 0, c: 1}
+
+
+def host_copies(folder: Path) -> tuple[list[int], int]:
+    """Bytes of this rank's copies after each pair of saves, and how often the ranks told each other their blocks."""
+    saver, sizes = Saver(folder, keep_last=9), []
+    with mock.patch.object(checkpoint, "writers", wraps=writers) as asked:
+        for step in range(3):
+            everything = state(step - 0.5).tensors
+            saver.save_best(State({name: everything[name] for name in ("rows", "whole")}))
+            saver.save(state(step), step)
+            sizes.append(sum(copy.nbytes for copy in saver._copies.values()))
+        saver.wait()
+    saver.close()
+    return sizes, asked.call_count
+
+
+def test_the_host_holds_one_copy_over_all_ranks_steps_and_best(tmp_path):
+    found = run_ranks(3, host_copies, tmp_path)
+    whole = 4 * (TABLE.numel() + WIDE.numel() + TABLE.numel() + 3 * 2)
+    assert [sum(sizes[step] for sizes, _ in found) for step in range(3)] == [whole] * 3
+    assert [asked for _, asked in found] == [2, 2, 2]  # once for each kind
+    assert torch.equal(checkpoint.load(tmp_path / "best").tensors()["whole"], TABLE - 1.5)
+    assert torch.equal(checkpoint.load(tmp_path / "step-000000002").tensors()["whole"], TABLE - 2)
+    assert torch.equal(checkpoint.load(tmp_path / "best").tensors()["rows"], TABLE + 1.5)
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp"])
