@@ -1,8 +1,12 @@
 """Full-ranking evaluation with exact ranks, and the command ``hstu-evaluate`` (ranking: ``ranking_evaluate.py``).
 
     hstu-evaluate run=RUN [which=best|last] [split=test|validation] [eval.ks=[10]] [eval.filter_history=full]
+    hstu-evaluate run=RUN ranks=N [embedding=local|sharded]              on N processes or GPUs of this machine
+    torchrun --nproc-per-node=N -m hstu.evaluate run=RUN ...             the same; also on several machines
 
-RUN is a run folder. Options that are not given keep the values of the run's own config.
+RUN is a run folder. Options that are not given keep the values of the run's own config. Any number of ranks gives the
+result of one. On several, tables lie as in the training: those of embedding=sharded in parts, so that no rank holds one
+whole; with local tables each rank has them all, and its part of the users.
 
 Legend: ``M`` targets, ``B`` users in a batch, ``S`` seen items of a batch, ``D`` model width.
 """
@@ -25,7 +29,7 @@ from hstu.cli import command, run_hydra
 from hstu.config import published_row
 from hstu.data.splits import Split, Targets, make_split
 from hstu.distributed import World
-from hstu.errors import UserError
+from hstu.errors import UserError, check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -292,13 +296,17 @@ def plain_options(cfg: Any) -> dict[str, Any]:
     return {str(name): value for name, value in options.items()}
 
 
+def _check_device(name: str) -> None:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name}: expected auto, cpu or cuda")
+
+
 def run_device(name: str, local_rank: int | None = None) -> torch.device:
     """``auto`` takes CUDA where it is; ``cuda`` without one raises UserError.
 
     local_rank: number of the process among those of this machine, each of which needs a GPU of its own; None: alone.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={name}: expected auto, cpu or cuda")
+    _check_device(name)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -313,45 +321,69 @@ def run_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def evaluate_run(options: dict[str, Any]) -> Evaluation | dict[str, Any]:
-    """What ``hstu-evaluate`` does: loads, ranks, prints, writes ``evaluation.json`` into the run folder.
+def run_command(options: dict[str, Any]) -> None:
+    """What ``hstu-evaluate`` does with the composed options.
+
+    With ``ranks`` it starts the ranks, which call it again and join.
+    """
+    from hstu.config import RunConfig
+    from hstu.launch import join, should_launch, start_ranks
+
+    ranks = options["ranks"]
+    check(ranks is None or (isinstance(ranks, int) and ranks >= 1), "ranks", ranks, ">= 1 or null")
+    _check_device(options["device"])
+    run = RunConfig(ranks=ranks, device=options["device"], max_restarts=0)
+    if should_launch({"run": {"ranks": ranks}}):
+        return start_ranks(options, "hstu.evaluate", run)
+    with join(run) as world:
+        evaluate_run(options, world)
+
+
+def evaluate_run(options: dict[str, Any], world: World | None = None) -> Evaluation | dict[str, Any]:
+    """Loads, ranks, prints, writes ``evaluation.json`` into the run folder; the same result on every rank of ``world``.
 
     Returns the content of that file for a ranking run.
     """
-    from rich.console import Console
-
+    from hstu.runs import agree_on_run
     from hstu.train import load_run
     from hstu.vocabulary import unknown_shares
 
+    world = world or World(device=run_device(options["device"]))
     run = Path(str(options["run"])).expanduser()
-    config, store, model = load_run(run, which=options["which"])
+    config, store, model = load_run(run, options["which"], world, options.get("embedding"))
     if config.ranking is not None:
         from hstu.ranking_evaluate import evaluate_ranking_run
 
-        return evaluate_ranking_run(run, config, store, model, options)
+        return evaluate_ranking_run(run, config, store, model, options, world)
     trained_eval = config.eval
     config = override_eval(config, options["eval"])
-    device = run_device(options["device"])
+    agree_on_run(world, config, store)
     split = make_split(store, config.run.selection)
     part = options["split"]
     targets = split_targets(split, part)
     started = time.perf_counter()
-    result = evaluate(model.to(device), store, targets, config, device)
-    evaluation = assess(config, store, split, result)
-    unknown = unknown_shares(model, store, Targets(result.users, result.rows), config.model.max_len)
-    seconds = time.perf_counter() - started
-    console = Console()
-    show(evaluation, config, store, part, console)
-    if unknown:
-        console.print("without a row of their own: {oov_inputs:.1%} of the inputs, {oov_labels:.1%} of the items "
-                      "asked for".format(**unknown))  # fmt: skip
-    usual = part == "test" and options["which"] == "best" and config.eval == trained_eval
-    # evaluation.json stays what the training wrote: the best checkpoint on test with the run's own options
-    path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
-    content = evaluation_json(config, store, evaluation, part, options["which"])
-    report.write_json(path, content | unknown | {"seconds": seconds})
-    console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
-    return evaluation
+    result = evaluate(model.to(world.device), store, targets, config, world.device, world)
+
+    def assessed() -> Evaluation:
+        from rich.console import Console
+
+        evaluation = assess(config, store, split, result)
+        unknown = unknown_shares(model, store, Targets(result.users, result.rows), config.model.max_len)
+        seconds = time.perf_counter() - started
+        console = Console()
+        show(evaluation, config, store, part, console)
+        if unknown:
+            console.print("without a row of their own: {oov_inputs:.1%} of the inputs, {oov_labels:.1%} of the items "
+                          "asked for".format(**unknown))  # fmt: skip
+        usual = part == "test" and options["which"] == "best" and config.eval == trained_eval
+        # evaluation.json stays what the training wrote: the best checkpoint on test with the run's own options
+        path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
+        content = evaluation_json(config, store, evaluation, part, options["which"])
+        report.write_json(path, content | unknown | {"seconds": seconds})
+        console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
+        return evaluation
+
+    return world.on_first(assessed)
 
 
 @command
@@ -360,7 +392,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").split("\nLegend", 1)[0])
         return
-    run_hydra(lambda cfg: evaluate_run(plain_options(cfg)), "evaluate", folder="commands")
+    run_hydra(lambda cfg: run_command(plain_options(cfg)), "evaluate", folder="commands")
 
 
 if __name__ == "__main__":

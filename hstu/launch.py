@@ -287,10 +287,6 @@ def launch(options: dict[str, Any], module: str = "hstu.train", config: Config |
 
     Raises what one process would: UserError, or Interrupted after a signal.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     from hstu.runs import run_folder
 
     config = config or from_dict(options)
@@ -298,7 +294,24 @@ def launch(options: dict[str, Any], module: str = "hstu.train", config: Config |
     assert run.ranks is not None
     for local_rank in range(run.ranks):
         run_device(run.device, local_rank)
-    options = {**options, "run": {**options["run"], "dir": str(run_folder(config))}}
+    folder = str(run_folder(config))
+    options = {**options, "run": {**options["run"], "dir": folder}}
+    times = {0: "", 1: ", after 1 restart"}.get(run.max_restarts, f", after {run.max_restarts} restarts")
+    start_ranks(options, module, run, f"{times} (run.max_restarts={run.max_restarts}); resume with run.dir={folder}")
+
+
+def start_ranks(options: dict[str, Any], module: str, run: RunConfig, mend: str = "") -> None:
+    """Starts ``run.ranks`` ranks, each of which calls ``run_command`` of ``module`` with ``options``; waits for them.
+
+    mend: what is said after how a rank was lost.
+
+    Raises what one process would: UserError, or Interrupted after a signal.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    assert run.ranks is not None
     with tempfile.TemporaryDirectory(prefix="hstu-ranks-") as name, _environment(run, name):
         folder = Path(name)
         (folder / OPTIONS).write_text(json.dumps(options), encoding="utf-8")
@@ -316,26 +329,25 @@ def launch(options: dict[str, Any], module: str = "hstu.train", config: Config |
         except SignalException as stop:
             number = int(stop.sigval)
         except ChildFailedError as error:
-            failure = _last_failure(error, folder, run)
+            failure = _last_failure(error, folder) + mend
         finally:
             logging.disable(logging.NOTSET)
             for handled, handler in handlers.items():  # the launcher leaves its own
                 signal.signal(handled, handler)
-        _raise_outcome(folder / OUTCOME, failure, number, options["run"]["dir"])
+        _raise_outcome(folder / OUTCOME, failure, number)
 
 
-def _last_failure(error: Any, folder: Path, run: RunConfig) -> str:
+def _last_failure(error: Any, folder: Path) -> str:
     rank, failed = error.get_first_failure()
     how = f"signal {signal.Signals(-failed.exitcode).name}" if failed.exitcode < 0 else f"status {failed.exitcode}"
     notes = sorted(folder.glob(LOSS.format(attempt="*")), key=lambda p: p.stat().st_mtime)
     said = notes[-1].read_text(encoding="utf-8") if notes else f"rank {rank} ended with {how}"
     if failed.exitcode < 0 and f"rank {rank} " in said and "ended" in said:
         said = f"rank {rank} ended with {how}"
-    times = {0: "", 1: ", after 1 restart"}.get(run.max_restarts, f", after {run.max_restarts} restarts")
-    return f"{said}{times} (run.max_restarts={run.max_restarts})"
+    return said
 
 
-def _raise_outcome(path: Path, failure: str | None, number: int | None, folder: str) -> None:
+def _raise_outcome(path: Path, failure: str | None, number: int | None) -> None:
     outcome = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "signal" in outcome:
         raise Interrupted(outcome["signal"], Path(outcome["folder"]))
@@ -347,7 +359,7 @@ def _raise_outcome(path: Path, failure: str | None, number: int | None, folder: 
         print(f"stopped by {signal.Signals(number).name} before the ranks had saved", file=sys.stderr)
         raise SystemExit(128 + number)
     if failure is not None:
-        raise UserError(f"{failure}; resume with run.dir={folder}")
+        raise UserError(failure)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from hstu.data.splits import Split, Targets, make_event_split
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.evaluate import ALL_USERS, dataset_label, override_eval, run_device, split_targets
+from hstu.runs import agree_on_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -315,15 +316,15 @@ def undefined_note(evaluation: dict[str, Any]) -> str:
 
 
 def evaluate_ranking_run(
-    run: Path, config: Config, store: SequenceStore, model: RankingModel, options: dict[str, Any]
-) -> dict[str, Any]:
+    run: Path, config: Config, store: SequenceStore, model: RankingModel, options: dict[str, Any],
+    world: World | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What ``hstu-evaluate`` does with a ranking run: predicts, prints, writes ``evaluation.json`` and the plots.
 
     Raises UserError for a progressive run, whose predictions were made while it trained, and for options of retrieval.
     """
-    from rich.console import Console
-
     assert config.ranking is not None
+    world = world or World(device=run_device(options["device"]))
     if config.ranking.mode == "progressive":
         raise UserError(f"run={run} is a progressive run: its predictions were made before each step, with the model "
                         f"as it was then; see {run / 'evaluation.json'}")  # fmt: skip
@@ -333,23 +334,31 @@ def evaluate_ranking_run(
     started = time.perf_counter()
     data = RankingData(store, config.ranking)
     trained_eval, config = config.eval, override_eval(config, options["eval"])
-    device, which, part = run_device(options["device"]), options["which"], options["split"]
+    agree_on_run(world, config, store)
+    which, part = options["which"], options["split"]
     split = make_event_split(store, config.run.selection)
-    predictions = predict(model.to(device), data, config, split_targets(split, part), device)
-    usual = part == "test" and which == "best" and config.eval == trained_eval
-    suffix = "" if usual else f"-{part}-{which}"
-    evaluation = assess_ranking(config, data, split, predictions, part, which, run, suffix)
-    evaluation["seconds"] = time.perf_counter() - started
-    model_row, *others = evaluation["rows"]
-    columns: dict[str, Any] = {config.model.name: model_row["metrics"]}
-    if model_row["intervals"]:
-        columns["95 % interval"] = interval_column(model_row)
-    columns |= {row["system"]: row["metrics"] for row in others}
-    console = Console()
-    console.print(ranking_table(evaluation, columns))
-    if note := undefined_note(evaluation):
-        console.print(note, soft_wrap=True, highlight=False)
-    path = run / f"evaluation{suffix}.json"
-    report.write_json(path, evaluation)
-    console.print(f"{evaluation['seconds']:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
-    return evaluation
+    predictions = predict(model.to(world.device), data, config, split_targets(split, part), world.device, world)
+
+    def assessed() -> dict[str, Any]:
+        from rich.console import Console
+
+        usual = part == "test" and which == "best" and config.eval == trained_eval
+        suffix = "" if usual else f"-{part}-{which}"
+        evaluation = assess_ranking(config, data, split, predictions, part, which, run, suffix)
+        evaluation["seconds"] = time.perf_counter() - started
+        model_row, *others = evaluation["rows"]
+        columns: dict[str, Any] = {config.model.name: model_row["metrics"]}
+        if model_row["intervals"]:
+            columns["95 % interval"] = interval_column(model_row)
+        columns |= {row["system"]: row["metrics"] for row in others}
+        console = Console()
+        console.print(ranking_table(evaluation, columns))
+        if note := undefined_note(evaluation):
+            console.print(note, soft_wrap=True, highlight=False)
+        path = run / f"evaluation{suffix}.json"
+        report.write_json(path, evaluation)
+        seconds = f"{evaluation['seconds']:.1f} s"
+        console.print(f"{seconds}; written to {path}", soft_wrap=True, highlight=False, markup=False)
+        return evaluation
+
+    return world.on_first(assessed)

@@ -15,11 +15,11 @@ from torch import nn
 
 from hstu import checkpoint, report
 from hstu.checkpoint_state import restore_model
-from hstu.config import Config, from_dict, to_dict
-from hstu.config_embedding import EmbeddingConfig
+from hstu.config import Config, OptimConfig, from_dict, to_dict
+from hstu.config_embedding import KINDS, EmbeddingConfig
 from hstu.data.store import SequenceStore
 from hstu.distributed import World
-from hstu.errors import UserError
+from hstu.errors import UserError, one_of
 
 FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "keep_last", "threads",
                   "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background",
@@ -181,37 +181,64 @@ def open_store(config: Config, world: World | None = None) -> SequenceStore:
     return store
 
 
-def load_run(folder: str | Path, which: str = "best") -> tuple[Config, SequenceStore, Any]:
-    """Config, store and trained model (on the CPU, in evaluation mode) of a run folder.
+def load_run(
+    folder: str | Path, which: str = "best", world: World | None = None, kind: str | None = None
+) -> tuple[Config, SequenceStore, Any]:
+    """Config, store and trained model (in evaluation mode) of a run folder.
+
+    A model with local tables is on the CPU; one whose tables are sharded is where the ranks compute.
 
     Args:
         folder: run folder.
         which: ``best`` (by validation, or by test with run.selection=reference) or ``last``.
+        world: ranks that load it together; None: this process alone.
+        kind: ``embedding.kind`` of the model; None: that of the run on several ranks, local on one.
 
     Raises:
-        UserError: no run there, no checkpoint yet, or a store that is gone.
+        UserError: no run there, no checkpoint yet, a store that is gone, or tables that cannot be sharded.
     """
     from hstu.problem import build_model
 
-    folder = Path(folder).expanduser()
+    folder, world = Path(folder).expanduser(), world or World()
     if which not in ("best", "last"):
         raise UserError(f"which={which}: expected best or last")
     config = read_config(folder)
     environment = report.read_json(folder / "environment.json", f"train {folder} first")
     environment.update(environment.get("latest", {}))
     stored = Path(str(environment.get("store", "")))
-    store = SequenceStore.open(stored) if (stored / "meta.json").exists() else open_store(config)
+    is_there = all(world.gather_objects((stored / "meta.json").exists()))
+    store = SequenceStore.open(stored) if is_there else open_store(config, world)
     if store.meta.get("split_hash") != environment.get("split_hash"):
         raise UserError(
             f"{folder} was trained on split {environment.get('split_hash')}, {store.path} holds "
             f"{store.meta.get('split_hash')}: prepare the data as it was"
         )
     checkpoints = folder / "checkpoints"
-    saved = checkpoint.load(checkpoints / checkpoint.BEST) if which == "best" else checkpoint.load_last(checkpoints)
+    best = which == "best"
+    saved = checkpoint.load(checkpoints / checkpoint.BEST, world) if best else checkpoint.load_last(checkpoints, world)
     if saved is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
-    fields = {f: getattr(config.embedding, f) for f in ("ids", "rows", "policy", "policy_decay", "evict_every")}
-    whole = dataclasses.replace(config, embedding=EmbeddingConfig(**fields))  # one process has all of a table
-    model: nn.Module = build_model(whole, store)
-    restore_model(saved, model)
+    laid = _to_serve(config, kind or (config.embedding.kind if world.size > 1 else "local"))
+    model: nn.Module = build_model(laid, store)
+    if laid.embedding.kind == "sharded":
+        from hstu.sharded import shard
+
+        shard(model.to(world.device), laid, world)
+    restore_model(saved, model, world)
     return config, store, model.eval()
+
+
+def _to_serve(config: Config, kind: str) -> Config:
+    """The config with tables of ``kind`` that do not learn: without the state of an optimizer, and as exact as saved.
+
+    Raises UserError for another kind, or a model that cannot have it.
+    """
+    one_of("embedding", kind, KINDS)
+    if kind == "local":
+        kept = ("ids", "rows", "policy", "policy_decay", "evict_every")
+        embedding = EmbeddingConfig(**{name: getattr(config.embedding, name) for name in kept})
+    else:
+        embedding = dataclasses.replace(
+            config.embedding, kind=kind, optimizer="sgd", lr=None, comm_dtype="float32", pipeline=False
+        )
+    return dataclasses.replace(config, embedding=embedding, optim=OptimConfig())

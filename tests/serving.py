@@ -63,5 +63,5 @@ def seen_items(store, user, row, filter_history, max_len):
 def fake_train(monkeypatch, config, store, model):
     """Makes ``hstu.train.load_run`` return these, so that the commands run without a training run."""
     module = types.ModuleType("hstu.train")
-    module.load_run = lambda run, which="best": (dataclasses.replace(config), store, model)
+    module.load_run = lambda run, which="best", *_: (dataclasses.replace(config), store, model)
     monkeypatch.setitem(sys.modules, "hstu.train", module)

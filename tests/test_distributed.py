@@ -227,7 +227,7 @@ def test_what_would_fail_again_is_not_started_again(
     assert launch.conclude(UserError("no such metric")) == 0
     assert launch.conclude(RankLost("rank 0 is gone")) == 0  # as it has reported its end
     with pytest.raises(UserError, match="^no such metric$"):
-        launch._raise_outcome(tmp_path / launch.OUTCOME, None, None, "")
+        launch._raise_outcome(tmp_path / launch.OUTCOME, None, None)
     assert capsys.readouterr().err == ""
 
 
