@@ -37,6 +37,7 @@ import torch
 
 from hstu.baselines import expand
 from hstu.cli import command, run_hydra
+from hstu.data.hashing import hash_ids
 from hstu.errors import UserError
 from hstu.evaluate import plain_options, run_device
 
@@ -175,6 +176,8 @@ class Recommender:
         self._user_order = np.argsort(store.user_raw_ids, kind="stable")
         self._item_order = np.argsort(store.item_raw_ids, kind="stable")
         self._by_title: dict[str, list[int]] | None = None
+        self.hashed = store.meta.get("source") == "stream"
+        """Items are the rows that raw ids were hashed to (:class:`hstu.data.watch.WatchedDays`)."""
         self._rare = rare_item(store)
 
     # Ids
@@ -195,6 +198,8 @@ class Recommender:
 
         Raises UserError for a title that several items share.
         """
+        if self.hashed:
+            return int(hash_ids(np.array([str(entry)]))[0] % np.uint64(self.store.num_items)) + 1
         row = find_raw(self.store.item_raw_ids, self._item_order, entry)
         if row is not None:
             return row + 1
@@ -541,6 +546,12 @@ def recommend_run(options: dict[str, Any]) -> None:
     if options["run"] is None:
         raise UserError("run is not set: give run=RUN, or retrieval=RUN ranking=RUN")
     recommender = load(options["run"], options["which"], options["device"])
+    if recommender.hashed:
+        store = recommender.store
+        print(
+            f"histories up to {store.meta['day']}; an item is shown as the row of {store.num_items:,} that its raw id "
+            "is hashed to, a history is given by raw ids"
+        )
     if options["users"] is not None:
         started = time.perf_counter()
         written, empty = recommender.write_parquet(

@@ -217,7 +217,11 @@ def stream_train(
     config = dataclasses.replace(config, run=run)
     world.on_first(lambda: _keep_settings(folder, stream))
     trainer = StreamTrainer(config, stream, days, folder, display, world)
-    trainer.run()
+    try:
+        trainer.run()
+    except Interrupted:  # how a stream without an end comes to one
+        world.on_first(lambda: write_result(folder, config, display))
+        raise
     world.on_first(lambda: write_result(folder, config, display))
     return folder
 

@@ -149,7 +149,7 @@ def test_two_ranks_watch_a_folder_as_one(tmp_path: Path) -> None:
     two = narrow(config, tmp_path / "two")
     end = f"Interrupted: stopped by SIGTERM; saved. Resume with run.dir={tmp_path / 'two'}"
     assert ended(2, two, stream, None, 1) == {end}
-    assert load_run(tmp_path / "two")[1].path.name == "2026-03-03"
+    assert load_run(tmp_path / "two")[1].path.name == "2026-03-03" and len(days_of(tmp_path / "two")) == 3
     arrive(tmp_path / "in", 4)
     stream = dataclasses.replace(stream, timeout_s=0)
     assert ended(1, narrow(config, tmp_path / "one"), stream) == {""}

@@ -8,20 +8,25 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+import hstu
+from hstu import evaluate, recommend
 from hstu import stream_train as module
 from hstu.config import Config, DataConfig, OptimConfig
 from hstu.config_stream import StreamConfig
+from hstu.data.hashing import hash_ids
 from hstu.data.watch import StreamSource
 from hstu.errors import UserError
 from hstu.prepare import prepare
 from hstu.runs import load_run
 from hstu.stream_train import StreamTrainer, stream_train
 from hstu.train import Interrupted, Trainer
-from tests.data.test_watch import write_day
+from hstu.two_stage import TwoStage
+from tests.data.test_watch import at, write_day
 from tests.test_train import assert_same_run, final_state, logged, make_config
 
 DAYS = 4
@@ -140,7 +145,13 @@ def test_a_sample_of_users_is_evaluated(tmp_path: Path) -> None:
     assert [day.get("targets") for day in days] == [None, 7]
 
 
-def test_a_watched_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def item_row(raw: str) -> int:
+    return int(hash_ids(np.array([raw]))[0] % np.uint64(500)) + 1
+
+
+def test_a_watched_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     """Three days of users who go round a ring of items; the second command finds a fourth day."""
     rng = np.random.default_rng(0)
 
@@ -168,6 +179,21 @@ def test_a_watched_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     days = json.loads((stream_train(config, stream) / "days.json").read_text())["days"]
     assert [day["day"] for day in days] == [f"2026-03-0{n}" for n in (1, 2, 3, 4)]
     assert len(final_state(folder).tensors()["model.table.weight"]) == 501
+    capsys.readouterr()
+    recommender = hstu.load(folder)
+    asked = recommender.recommend(history=["item 3", "item 4"], k=1)
+    assert [event.item for event in asked.history] == [item_row("item 3"), item_row("item 4")]
+    with pytest.raises(UserError, match="retrieval: .*2026-03-04 holds items by a hash of their raw ids"):
+        TwoStage(recommender, Mock())
+    assert recommender.recommend("u1").history[-1].time // 86_400 == at("2026-03-04", 0) // 86_400
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["hstu-recommend", f"run={folder}", "user=u1"])
+        recommend.main()
+        patch.setattr("sys.argv", ["hstu-evaluate", f"run={folder}", "eval.bootstrap=0"])
+        evaluate.main()
+    shown = capsys.readouterr().out
+    assert "histories up to 2026-03-04; an item is shown as the row of 500 that its raw id is hashed to" in shown
+    assert f"a stream: all of {folder}/days/2026-03-04 was trained on, these events too" in shown
 
 
 @pytest.mark.parametrize(
