@@ -42,7 +42,7 @@ class EmbeddingConfig:
     """sharded retrieval only: torchrec's TrainPipelineSparseDist, which sends the ids of the next batches to their
     ranks while this one computes; of use on GPUs. The result is the same."""
     hbm_gib: float | None = None
-    """sharded only: GPU memory of a rank that the planner may fill; None: what the device has."""
+    """sharded only: GPU memory of a rank that the planner may fill; None: what is free where there is the least."""
     ddr_gib: float | None = None
     """sharded only: host memory of a rank that the planner may fill; None: the machine's, divided by its ranks."""
 

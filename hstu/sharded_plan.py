@@ -90,12 +90,28 @@ def local_size(world: World) -> int:
 
 
 def capacity(config: EmbeddingConfig, world: World) -> int:
-    """Bytes of a rank's memory in which its shards lie: the GPU's, on the CPU the rank's share of the machine's."""
+    """Bytes of a rank's memory in which its shards lie; on GPUs every rank calls it.
+
+    On GPUs what is free on the rank that has the least: contexts of libraries, columns of events and other programs
+    have taken their part. On the CPU the rank's share of the machine's.
+    """
     if world.device.type == "cuda":
         if config.hbm_gib is not None:
             return int(config.hbm_gib * GIB)
-        return int(torch.cuda.get_device_properties(world.device).total_memory)
+        return min(world.gather_objects(_free_bytes(world.device)))
     return int(config.ddr_gib * GIB) if config.ddr_gib is not None else host_bytes() // local_size(world)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free on the GPU, with what torch keeps of it for tensors to come."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def _describe_room(config: EmbeddingConfig, world: World, size: int) -> str:
+    """``size`` as from :func:`capacity`, for messages."""
+    is_free = world.device.type == "cuda" and config.hbm_gib is None
+    return _gib(size) + (" (free on the GPU of the rank that has the least)" if is_free else "")
 
 
 def check_device(config: EmbeddingConfig, device: torch.device) -> None:
@@ -107,8 +123,8 @@ def check_device(config: EmbeddingConfig, device: torch.device) -> None:
 
 def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]) -> None:
     """Raises UserError where no plan can fit. Nothing is allocated yet."""
-    room = int(capacity(config, world) * (1 - RESERVED))
-    total = 0
+    whole = capacity(config, world)
+    room, total = int(whole * (1 - RESERVED)), 0
     for table in tables:
         size = table_bytes(config, table.num_rows, table.dim)
         total += size
@@ -121,8 +137,8 @@ def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]
         raise UserError(
             f"embedding: the tables need {_gib(total)} ({', '.join(t.describe(config) for t in tables)}; "
             f"{config.dtype}, {config.optimizer}'s state included), and {world.size} ranks of "
-            f"{_gib(capacity(config, world))} have {_gib(room * world.size)} for tables ({RESERVED:.0%} is kept for "
-            f"the rest): take at least {-(-total // room)} ranks, embedding.dtype=float16, "
+            f"{_describe_room(config, world, whole)} have {_gib(room * world.size)} for tables ({RESERVED:.0%} is kept "
+            f"for the rest): take at least {-(-total // room)} ranks, embedding.dtype=float16, "
             "embedding.optimizer=rowwise_adagrad or a smaller model.dim"
         )
 
@@ -212,7 +228,8 @@ def make_plan(
         sizes = ", ".join(table.describe(config) for table in tables)
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"embedding: torchrec's planner finds no place for {sizes} on {world.size} ranks of {_gib(room)}: {line}; "
+            f"embedding: torchrec's planner finds no place for {sizes} on {world.size} ranks of "
+            f"{_describe_room(config, world, room)}: {line}; "
             "take more ranks, a narrower embedding.dtype, or embedding.sharding=auto"
         ) from None
 

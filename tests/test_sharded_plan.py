@@ -1,6 +1,8 @@
 """Where sharded tables lie and begin: plans, refusals with numbers, initial values, narrow rows and exchanges."""
 
+import contextlib
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables
 from hstu.sharded_init import InitialValues
-from hstu.sharded_plan import TableShape, allowed_shardings, check_device, check_memory, table_bytes
+from hstu.sharded_plan import TableShape, allowed_shardings, capacity, check_device, check_memory, table_bytes
 from tests.ranks import run_ranks
 
 pytest.importorskip("torchrec")
@@ -193,6 +195,28 @@ def test_a_table_that_does_not_fit_on_its_one_rank_is_refused():
     with pytest.raises(UserError, match="item 16,777,216 x 32 2 GiB .* table_wise puts it on one rank, which has 0.85"):
         check_memory(config, WORLD, [TableShape("item", 2**24, 32, (1.0, 1.0))])
     assert check_memory(config, WORLD, [TableShape("item", 2**22, 32, (1.0, 1.0))]) is None
+
+
+def room_of_uneven_gpus(options):
+    """Room for tables, and the refusal of 12 GiB, where rank r has 2 + r GiB free and 1 more that torch keeps."""
+    rank = dist.get_rank()
+    world = World(rank, dist.get_world_size(), torch.device("cuda", rank))
+    facts = {"mem_get_info": ((2 + rank) * 2**30, 80 * 2**30), "memory_reserved": 3 * 2**30, "memory_allocated": 2**31}
+    with contextlib.ExitStack() as stack:
+        for name, value in facts.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        config = EmbeddingConfig("sharded", "sgd", **options)
+        with pytest.raises(UserError) as raised:
+            check_memory(config, world, [TableShape("item", 3 * 2**24, 64, (1.0, 1.0))])
+        return capacity(config, world) / 2**30, str(raised.value)
+
+
+def test_room_on_gpus_is_what_the_fullest_of_them_has_free():
+    for room, text in run_ranks(2, room_of_uneven_gpus, {}):
+        assert room == 3.0
+        assert "2 ranks of 3 GiB (free on the GPU of the rank that has the least) have 5.1 GiB" in text
+    for room, text in run_ranks(2, room_of_uneven_gpus, {"hbm_gib": 4.0}):
+        assert room == 4.0 and "2 ranks of 4 GiB have 6.8 GiB" in text
 
 
 def refused():
