@@ -193,11 +193,10 @@ def make_sharder(config: EmbeddingConfig, device: torch.device, params: dict[str
 def make_plan(
     model: nn.Module, config: EmbeddingConfig, world: World, sharder: Any, tables: list[TableShape]
 ) -> Any:  # fmt: skip
-    """torchrec's plan for the collections of ``model``, the same on every rank.
+    """torchrec's plan for the collections of ``model``, the same on every rank: made on the first.
 
-    Raises UserError where the planner finds none.
+    Raises UserError, on every rank, where the planner finds none.
     """
-    import torch.distributed as dist
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import PlannerError
@@ -222,16 +221,20 @@ def make_plan(
         topology=topology, batch_size=1, constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(RESERVED),
     )  # fmt: skip
-    try:
-        return planner.collective_plan(model, [sharder], dist.group.WORLD)
-    except (PlannerError, RuntimeError) as error:
-        sizes = ", ".join(table.describe(config) for table in tables)
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"embedding: torchrec's planner finds no place for {sizes} on {world.size} ranks of "
-            f"{_describe_room(config, world, room)}: {line}; "
-            "take more ranks, a narrower embedding.dtype, or embedding.sharding=auto"
-        ) from None
+
+    def plan_alone() -> Any:
+        try:
+            return planner.plan(model, [sharder])
+        except (PlannerError, RuntimeError) as error:  # no collective is inside: lost contact is never taken for it
+            sizes = ", ".join(table.describe(config) for table in tables)
+            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(
+                f"embedding: torchrec's planner finds no place for {sizes} on {world.size} ranks of "
+                f"{_describe_room(config, world, room)}: {line}; "
+                "take more ranks, a narrower embedding.dtype, or embedding.sharding=auto"
+            ) from None
+
+    return world.on_first(plan_alone)
 
 
 def column_part(dim: int, size: int) -> int:

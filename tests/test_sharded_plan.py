@@ -235,6 +235,32 @@ def test_refused_before_anything_is_allocated():
 # What a rank holds and fetches
 
 
+def no_place():
+    from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.types import PlannerError
+
+    with mock.patch.object(EmbeddingShardingPlanner, "plan", side_effect=PlannerError("no plan\nadvice")):
+        with pytest.raises(UserError) as raised:
+            make_sharded(World.current())
+    return str(raised.value)
+
+
+def test_all_ranks_are_told_that_the_planner_finds_no_place():
+    first, second = run_ranks(2, no_place)
+    assert first == second and re.search(r"finds no place for item 51 x 8 .* on 2 ranks of .*: no plan; take", first)
+
+
+def lost_while_planning():
+    with mock.patch.object(dist, "broadcast_object_list", side_effect=dist.DistNetworkError("gone")):
+        with pytest.raises(RuntimeError) as raised:
+            make_sharded(World.current())
+    return type(raised.value).__name__
+
+
+def test_a_rank_lost_while_planning_is_no_lack_of_memory():
+    assert run_ranks(2, lost_while_planning) == ["DistNetworkError"] * 2
+
+
 def count_rows(loss):
     """Largest number of rows that a rank asks for beyond its events, and that it holds, in a step."""
     from hstu.config import LossConfig
