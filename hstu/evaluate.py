@@ -380,6 +380,9 @@ def evaluate_run(options: dict[str, Any], world: World | None = None) -> Evaluat
         path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
         content = evaluation_json(config, store, evaluation, part, options["which"])
         report.write_json(path, content | unknown | {"seconds": seconds})
+        if (run / "stream.json").exists():
+            said = f"a stream: all of {store.path} was trained on, these events too; numbers from before that are in"
+            console.print(f"{said} {run / 'days.json'}", soft_wrap=True, highlight=False, markup=False)
         console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
         return evaluation
 
