@@ -311,6 +311,7 @@ def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
                 _clear_padding(owner.collection)
             else:
                 _fill(owner.collection, owner.initial)
+        world.barrier()  # large tables take a rank its time, for which the first exchange would not wait
         collections = {f"{path}.collection": owner.collection for path, owner in owners.items()}
         inside = tuple(f"{path}." for path in owners)
         model.sharded_names = [name for name, _ in model.named_parameters() if name.startswith(inside)]  # type: ignore[assignment]

@@ -4,13 +4,18 @@ A local table is filled from torch's CPU generator by an algorithm of torch's th
 normal is drawn again where it was out of bounds, round after round). So a table of at most ``MAX_WHOLE`` elements is
 drawn whole in host memory, for a moment, and each rank keeps its part: the values are those of a local table. Beyond
 that every block of ``BLOCK_ROWS`` rows has a generator of its own, seeded by the table's seed and the block's number,
-and a rank draws only the blocks that it needs: memory is that of a block, time that of the rank's own part, and the
-values are the same for every number of ranks.
+and a rank draws only the blocks that it needs: memory is that of a block a thread, time that of the rank's own part,
+and the values are the same for every number of ranks.
+
+All values are drawn on the host, for tables on a GPU too. What a generator of CUDA draws depends on the model of the
+GPU (the number of its multiprocessors decides which thread fills which element), so values drawn there would not be
+those of the same run on another GPU, let alone on the CPU. Blocks are drawn by as many threads as torch computes with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -57,28 +62,32 @@ class InitialValues:
     def _seed(generator: torch.Generator) -> int:
         return int(torch.randint(2**62, (), generator=generator))
 
-    def blocks(self, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """First row and values of the blocks that hold rows first .. stop - 1."""
+    def write(self, target: Tensor, first_row: int, first_column: int) -> None:
+        """Fills target [n, d], the rows and columns of the table from there on; on any device."""
         generator = torch.Generator()
         generator.set_state(self.state)
         if self.drawn_whole:
-            block = torch.empty(self.num_rows, self.dim)
-            self.fill(block, generator)
-            yield 0, block
+            self._write_block(target, first_row, first_column, 0, self.num_rows, generator)
             return
         seed = self._seed(generator)
-        for start in range(first // BLOCK_ROWS * BLOCK_ROWS, stop, BLOCK_ROWS):
-            block = torch.empty(min(BLOCK_ROWS, self.num_rows - start), self.dim)
-            self.fill(block, generator.manual_seed(derive(seed, start // BLOCK_ROWS)))
-            yield start, block
 
-    def write(self, target: Tensor, first_row: int, first_column: int) -> None:
-        """Fills target [n, d], the rows and columns of the table from there on."""
-        rows, columns = target.shape
-        stop = first_row + rows
-        with torch.no_grad():
-            for start, block in self.blocks(first_row, stop):
-                low, high = max(start, first_row), min(start + len(block), stop)
-                if low < high:
-                    part = block[low - start : high - start, first_column : first_column + columns]
-                    target[low - first_row : high - first_row].copy_(part)
+        def write_block(start: int) -> None:
+            own = torch.Generator().manual_seed(derive(seed, start // BLOCK_ROWS))
+            size = min(BLOCK_ROWS, self.num_rows - start)
+            self._write_block(target, first_row, first_column, start, size, own)
+
+        starts = range(first_row // BLOCK_ROWS * BLOCK_ROWS, first_row + len(target), BLOCK_ROWS)
+        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="initial") as threads:
+            list(threads.map(write_block, starts))
+
+    @torch.no_grad()
+    def _write_block(
+        self, target: Tensor, first_row: int, first_column: int, start: int, size: int, generator: torch.Generator
+    ) -> None:  # fmt: skip
+        """Draws rows ``start`` to ``start + size - 1`` of the table, and keeps those that lie in the target."""
+        block = torch.empty(size, self.dim)
+        self.fill(block, generator)
+        low, high = max(start, first_row), min(start + size, first_row + len(target))
+        if low < high:
+            part = block[low - start : high - start, first_column : first_column + target.shape[1]]
+            target[low - first_row : high - first_row].copy_(part)

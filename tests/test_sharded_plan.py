@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import threading
+import time
 from unittest import mock
 
 import pytest
@@ -105,6 +107,46 @@ def test_a_table_too_large_to_draw_whole_is_drawn_in_blocks(monkeypatch):
     other = torch.empty(70, 4)
     InitialValues.take(70, 4, fill).write(other, 0, 0)
     assert not torch.equal(other, whole)
+
+
+def test_blocks_drawn_by_several_threads_are_the_same(monkeypatch):
+    monkeypatch.setattr(sharded_init, "MAX_WHOLE", 100)
+    monkeypatch.setattr(sharded_init, "BLOCK_ROWS", 16)
+    together = threading.Barrier(3)  # passed where three draw at a time
+
+    def fill(block, generator):
+        together.wait(timeout=20)
+        block.normal_(generator=generator)
+
+    torch.manual_seed(0)
+    values = InitialValues.take(96, 4, fill)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = torch.empty(96, 4)
+    values.write(found, 0, 0)
+    alone = torch.empty(96, 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    InitialValues(96, 4, lambda block, generator: block.normal_(generator=generator), values.state).write(alone, 0, 0)
+    assert torch.equal(found, alone) and len(alone.unique()) == 384
+
+
+def filled_at_different_speeds(folder):
+    from hstu import sharded
+
+    fill, rank = sharded._fill, dist.get_rank()
+
+    def slowly(*args):
+        if rank == 1:
+            time.sleep(0.5)
+        fill(*args)
+        (folder / str(rank)).touch()
+
+    with mock.patch.object(sharded, "_fill", slowly):
+        make_sharded(World.current())
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_ranks_go_on_when_all_have_filled_their_tables(tmp_path):
+    assert run_ranks(2, filled_at_different_speeds, tmp_path) == [["0", "1"]] * 2
 
 
 # Plans
