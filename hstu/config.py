@@ -375,7 +375,8 @@ class KernelsConfig:
     """auto (triton on CUDA where an op has it, else torch), triton or torch; an explicit choice that cannot be met
     raises."""
     autotune: bool = False
-    """Time every configuration of a Triton kernel for each new size (seconds each) instead of taking the first."""
+    """Time every configuration of a Triton kernel for each new size (seconds each) instead of taking the first. Each
+    process goes by its own timing: results then differ in the last bits between runs, and between the ranks of one."""
 
     def __post_init__(self) -> None:
         _one_of("kernels.backend", self.backend, ("auto", "triton", "torch"))

@@ -51,6 +51,8 @@ class Display:
             f"batches of {size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
             f"run folder {escape(str(folder))}" + (f", resumed at step {global_step:,}" if global_step else ""),
         ]
+        if config.kernels.autotune and world.device.type == "cuda":
+            lines.append("kernels.autotune=true goes by timing: results differ in the last bits between runs and ranks")
         if world.again:
             lines.append(escape(world.again))
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hstu.config import (
     DataConfig,
     EvalConfig,
     HSTUConfig,
+    KernelsConfig,
     LossConfig,
     OptimConfig,
     PublishedConfig,
@@ -31,6 +33,7 @@ from hstu.config import (
     published_row,
     to_dict,
 )
+from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.model.retrieval import RetrievalModel
 from hstu.nonfinite import first_non_finite
@@ -384,6 +387,16 @@ def test_the_published_row_stands_beside_the_run_it_belongs_to():
         {"published": PublishedConfig()},
     ]
     assert [published_row(dataclasses.replace(config, **change)) for change in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("device, autotune, times", [("cuda", True, 1), ("cuda", False, 0), ("cpu", True, 0)])
+def test_the_start_says_once_that_autotune_is_not_repeatable(capsys, device, autotune, times):
+    config = Config(kernels=KernelsConfig(autotune=autotune))
+    store = SimpleNamespace(meta={}, num_items=5)
+    data = SimpleNamespace(users=[1], num_skipped=0, num_steps=lambda epoch: 1)
+    parameters = {"total": 1, "without_embeddings": 1}
+    Display(False).start_run(config, store, data, parameters, World(device=torch.device(device)), Path("run"), 0)
+    assert capsys.readouterr().out.count("results differ in the last bits between runs and ranks") == times
 
 
 def test_a_run_folder_is_for_one_process(finished):
