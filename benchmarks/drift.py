@@ -80,7 +80,7 @@ def make_config(drift: Drift, ids: str, seed: int) -> Config:
     raw = folder / "raw" / "log.csv"
     if not raw.exists():
         write_log(drift, raw)
-    rows = {} if ids == "exact" else {"rows": drift.rows}
+    rows = None if ids == "exact" else drift.rows
     return Config(
         experiment=f"drift-{ids}", seed=seed,
         data=DataConfig(name="log", source="log", raw=str(raw), root=str(folder / "data")),
@@ -88,7 +88,7 @@ def make_config(drift: Drift, ids: str, seed: int) -> Config:
         loss=LossConfig(num_negatives=64),
         optim=OptimConfig(lr=3e-3),
         embedding=EmbeddingConfig(ids=ids, policy=drift.policy, evict_every=drift.evict_every,
-                                  optimizer="rowwise_adagrad", lr=0.05, **rows),
+                                  optimizer="rowwise_adagrad", lr=0.05, rows=rows),
         eval=EvalConfig(ks=[10], bootstrap=0, filter_history="none"),
         run=RunConfig(dir=str(folder / f"{ids}-{seed}"), batch_users=64, loggers=[], progress=False, threads=1,
                       save_every_minutes=None, log_every_steps=5),
