@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -49,16 +50,37 @@ def run_folder(config: Config) -> Path:
             folder = folder.with_name(f"{name}-{count}")
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Holds the run folder for this process until the file returned is closed; UserError where another one has it."""
+LOCK_PATIENCE_S = 120.0
+"""How long a restarted run waits for the lock of its dead first rank: NFS keeps that 90 s after a machine is lost."""
+LOCK_INTERVAL_S = 1.0
+
+
+def lock_folder(folder: Path, patience_s: float = 0.0) -> IO[str]:
+    """Holds the run folder for this process until the file returned is closed.
+
+    patience_s: how long to wait for another process that has it.
+
+    Raises UserError where another one has it, or where the file system cannot lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    limit = time.monotonic() + patience_s
     file = open(folder / ".lock", "w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() < limit:
+                time.sleep(LOCK_INTERVAL_S)
+                continue
+            problem = f"{folder} is being trained by another process: wait for it or take another run.dir"
+        except OSError as error:
+            problem = (
+                f"{folder} cannot be locked ({error.strerror}): expected a file system with flock; mount it with "
+                "locks, or take a run.dir on another one"
+            )
         file.close()
-        raise UserError(f"{folder} is being trained by another process: wait for it or take another run.dir") from None
-    return file
+        raise UserError(problem)
 
 
 def describe(folder: Path, config: Config, store: SequenceStore, extra: dict[str, Any], ranks: int = 1) -> None:

@@ -41,7 +41,7 @@ from hstu.nonfinite import first_non_finite, is_finite
 from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizers, set_learning_rate
 from hstu.problem import Problem, make_problem
 from hstu.progress import Display
-from hstu.runs import agree_on_run, describe, load_run, lock_folder, open_store, run_folder
+from hstu.runs import LOCK_PATIENCE_S, agree_on_run, describe, load_run, lock_folder, open_store, run_folder
 from hstu.seeding import derive
 from hstu.vocabulary import Vocabulary
 from kernels._backend import OPS, choose, set_backend
@@ -155,7 +155,7 @@ class Trainer:
         return make_optimizers(self.model, self.config, self.world)
 
     def _open_folder(self, parameters: dict[str, int]) -> None:
-        self._lock = lock_folder(self.folder)
+        self._lock = lock_folder(self.folder, LOCK_PATIENCE_S if self.world.again else 0.0)
         extra = {"parameters": parameters, "device": str(self.device)}
         describe(self.folder, self.config, self.store, extra, self.world.size)
 

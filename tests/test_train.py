@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hstu import checkpoint
+from hstu import checkpoint, runs
 from hstu.config import (
     Config,
     DataConfig,
@@ -40,7 +42,7 @@ from hstu.nonfinite import first_non_finite
 from hstu.optim import WeightAverage, make_optimizer, set_learning_rate
 from hstu.progress import Display
 from hstu.results import Planned, expand_runs, show_results
-from hstu.runs import load_run, lock_folder
+from hstu.runs import load_run, lock_folder, open_store
 from hstu.train import Interrupted, Trainer, run_command, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -406,6 +408,37 @@ def test_a_run_folder_is_for_one_process(finished):
         lock_folder(folder)
     held.close()
     lock_folder(folder).close()
+
+
+def test_a_restarted_run_waits_for_the_lock_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_INTERVAL_S", 0.02)
+    held = lock_folder(tmp_path)
+    with pytest.raises(UserError, match="another process"):
+        lock_folder(tmp_path, patience_s=0.1)
+    threading.Timer(0.1, held.close).start()
+    lock_folder(tmp_path, patience_s=20.0).close()
+
+
+@pytest.mark.parametrize("again, patience_s", [("", 0.0), ("restart 1: a rank ended", runs.LOCK_PATIENCE_S)])
+def test_only_a_restarted_run_waits(finished, monkeypatch, again, patience_s):
+    config, folder = finished
+
+    def refused(folder, patience_s):
+        raise UserError(f"patience {patience_s}")
+
+    monkeypatch.setattr("hstu.train.lock_folder", refused)
+    with pytest.raises(UserError, match=f"patience {patience_s}"):
+        Trainer(config, open_store(config), folder, Display(False, shown=False), World(again=again))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch, number):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=rf"cannot be locked \({os.strerror(number)}\): expected a file system with"):
+        lock_folder(tmp_path, patience_s=60.0)
 
 
 def test_several_runs_resume_by_their_common_folder(tmp_path, monkeypatch):
