@@ -109,10 +109,16 @@ class Saver:
             running.result()
 
     def close(self) -> None:
-        """Ends the thread when what is begun is written; raises nothing. The saver cannot be used again."""
+        """Ends the thread when what is begun is written, and the group of its ranks; raises nothing.
+
+        The saver cannot be used again. A second call does nothing.
+        """
         self._thread.shutdown(wait=True)
         self._running = None
         self._copies.clear()
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
 
     def _begin(self, name: str, state: State) -> None:
         self.wait()

@@ -136,6 +136,25 @@ def test_the_host_holds_one_copy_over_all_ranks_steps_and_best(tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / "best").tensors()["rows"], TABLE + 1.5)
 
 
+def groups_after_savers(folder: Path) -> list[int]:
+    """Number of process groups of this rank before, and after each of three runs."""
+    counts = [len(dist.distributed_c10d._world.pg_map)]
+    for _ in range(3):
+        save(folder, 1.0)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    saver = Saver(folder, keep_last=1)
+    counts.append(len(dist.distributed_c10d._world.pg_map))
+    saver.close()
+    saver.close()
+    return counts
+
+
+def test_a_closed_saver_leaves_no_group(tmp_path):
+    for before, *after, meanwhile in run_ranks(2, groups_after_savers, tmp_path):
+        # The mesh of the sharded state is made once, with a group of its own or none.
+        assert after == [after[0]] * 3 and meanwhile == after[0] + 1 and before <= after[0]
+
+
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp"])
 def test_all_ranks_pass_over_what_one_of_them_found_damaged(tmp_path, file):
     run_ranks(2, save, tmp_path, 1.0, 2.0)
