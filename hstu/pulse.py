@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,15 +22,34 @@ import torch.distributed as dist
 LONGEST_INTERVAL_S = 5.0
 GRACE_S = 10.0
 """A rank that has heard of a failure elsewhere has so long to come to an end by itself."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Another one each time that Linux starts."""
 _ENDED, _FAILED = -1, -2
+
+
+@cache
+def this_machine() -> str:
+    """Names the machine, as it has been since it was switched on, and the processes that a number means in it.
+
+    Host names alone do not: those of machines made from one image, or of containers, can be equal. Containers of one
+    machine have its boot id, and numbers of processes of their own.
+    """
+    parts = [socket.gethostname()]
+    try:
+        parts.append(BOOT_ID.read_text(encoding="utf-8").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:  # not on Linux
+        pass
+    return " ".join(parts)
 
 
 @dataclass
 class Beat:
-    """What is known of a rank."""
+    """What is known of a rank. machine: as from :func:`this_machine`."""
 
     host: str
     pid: int
+    machine: str
     count: int = 0
     """Rises while the process lives; negative: it has ended, or failed and said so."""
     position: int = 0
@@ -62,14 +83,14 @@ class Pulse:
         self._thread.start()
 
     def _beat(self, count: int) -> None:
-        value = [socket.gethostname(), os.getpid(), count, self.position]
+        value = [socket.gethostname(), os.getpid(), this_machine(), count, self.position]
         self.store.set(f"beat/{self.rank}", json.dumps(value))
 
     def _look(self) -> None:
         now = time.monotonic()
         for rank, value in zip(self._peers, self.store.multi_get([f"beat/{r}" for r in self._peers]), strict=True):
-            host, pid, count, position = json.loads(value)
-            beat = self.others.setdefault(rank, Beat(host, pid, changed=now))
+            host, pid, machine, count, position = json.loads(value)
+            beat = self.others.setdefault(rank, Beat(host, pid, machine, changed=now))
             if count != beat.count:
                 beat.changed = now
             beat.count, beat.position = count, position
@@ -132,7 +153,7 @@ class Pulse:
     @staticmethod
     def _lives(beat: Beat) -> bool:
         """False where the process is known to have ended; that of another machine is taken to live."""
-        if beat.host != socket.gethostname():
+        if beat.machine != this_machine():
             return True
         try:
             with open(f"/proc/{beat.pid}/stat", encoding="utf-8") as file:
@@ -147,7 +168,7 @@ class Pulse:
     def kill_silent(self) -> None:
         """Ends the silent ranks of this machine: a stopped process does not heed the launcher, which would wait."""
         for beat in self.others.values():
-            here = beat.host == socket.gethostname() and beat.count >= 0
+            here = beat.machine == this_machine() and beat.count >= 0
             if here and time.monotonic() - beat.changed > 2.5 * self.interval_s:
                 try:
                     os.kill(beat.pid, 9)

@@ -19,13 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hstu import launch
+from hstu import launch, pulse
 from hstu.config import Config, RunConfig, to_dict
 from hstu.data.share import EVENT_WORK, Ranks
 from hstu.distributed import World
 from hstu.errors import Interrupted, RankLost, UserError
 from hstu.evaluate import turns
-from hstu.pulse import Beat, Pulse
+from hstu.pulse import Beat, Pulse, this_machine
 from hstu.runs import open_store
 from tests.ranks import run_ranks
 from tests.test_train import assert_same_run, final_state, make_config
@@ -155,10 +155,38 @@ def test_a_lost_contact_is_explained() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     first._look = lambda: None  # type: ignore[method-assign]
-    first.others[1] = Beat(socket.gethostname(), gone.pid)
+    first.others[1] = Beat(socket.gethostname(), gone.pid, this_machine())
     assert first.explain(error).startswith(f"rank 1 (process {gone.pid} on {socket.gethostname()}) ended while")
-    for pulse in (first, second):
-        pulse.stop()
+    for ours in (first, second):
+        ours.stop()
+
+
+def test_processes_of_a_machine_with_the_same_name_are_left_alone(tmp_path, monkeypatch) -> None:
+    (tmp_path / "boot_id").write_text("another boot\n")
+    here = this_machine()
+    with monkeypatch.context() as patched:
+        patched.setattr(pulse, "BOOT_ID", tmp_path / "boot_id")
+        elsewhere = this_machine.__wrapped__()
+    assert elsewhere != here and "another boot" in elsewhere and elsewhere.startswith(socket.gethostname())
+    first, second, _ = make_pulses(timeout_s=60.0)
+    assert first.others[1].machine == here
+    first._look = lambda: None  # type: ignore[method-assign]
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        first.others[1] = Beat(socket.gethostname(), process.pid, elsewhere)  # silent since ever
+        first.kill_silent()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        first.others[1].machine = here
+        first.kill_silent()
+        assert process.wait(20) == -9
+        assert "ended while the others went on" in first.explain(RuntimeError(""))
+        first.others[1].machine = elsewhere
+        assert "ended" not in first.explain(RuntimeError(""))
+    finally:
+        process.kill()
+    for ours in (first, second):
+        ours.stop()
 
 
 # Joining
