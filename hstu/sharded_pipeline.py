@@ -131,8 +131,7 @@ class Pipeline:
 
     def progress(self) -> Tensor:
         """Forward and backward of the input last yielded; its loss."""
-        with quiet():
-            loss = self.pipeline.progress(self._batches)
+        loss = self.pipeline.progress(self._batches)
         assert self.pipeline._pipelined_modules  # where torchrec finds none, it goes on without
         self._waiting.popleft()
         self._fed -= 1

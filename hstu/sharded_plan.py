@@ -50,7 +50,10 @@ class TableShape:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torchrec's advice to its own authors, about each table and plan, stays out of the run's output."""
+    """torchrec's advice to its own authors, about each table and plan, stays out of the run's output.
+
+    For the set-up only: warnings are switched off in all threads, and switched on again whatever these have set since.
+    """
     loggers = [logging.getLogger(name) for name in ("torchrec", "root", "torch.fx._symbolic_trace")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

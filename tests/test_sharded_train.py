@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -84,6 +86,28 @@ def test_torchrecs_pipeline_changes_nothing(number, stores, tmp_path):
         assert run_ranks(number, run_steps, config, stores["retrieval"]) == [""] * number
         runs.append(logged(tmp_path / f"{pipeline}"))
     assert runs[0] == runs[1] and len(runs[0]) == 2 * (4 + 1)  # steps of 150 users, and a validation
+
+
+def filters_in_steps(config, store):
+    """Whether the process's own filters of warnings were in force whenever a batch entered the pipeline."""
+    from hstu import sharded_pipeline
+
+    found, scored_by = [], sharded_pipeline.scored_by
+
+    def watched(*args):
+        found.append(warnings.filters is own)
+        return scored_by(*args)
+
+    own = warnings.filters
+    with mock.patch.object(sharded_pipeline, "scored_by", watched):
+        run_steps(config, store)
+    return found
+
+
+def test_steps_of_the_pipeline_leave_the_filters_of_warnings_alone(stores, tmp_path):
+    embedding = dataclasses.replace(sharded(LOCAL, "row_wise"), pipeline=True)
+    config = narrow(tmp_path / "run", make_config(tmp_path, embedding=embedding, run_epochs=1, run_batch_users=40))
+    assert run_ranks(1, filters_in_steps, config, stores["retrieval"]) == [[True] * 4]
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
