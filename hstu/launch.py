@@ -45,6 +45,8 @@ START_TIMEOUT_S = 300.0
 """Ranks start at different times: each imports its libraries and opens its device."""
 MEET_INTERVAL_S = 0.1
 REPORT_TIMEOUT_S = 5.0
+INTERRUPTED = 130
+"""Exit status after a Ctrl-C that nothing was saved at."""
 NCCL_LATER_S = 60.0
 """NCCL ends the process at its time-out without a word, so the pulse comes first and says which rank hangs."""
 
@@ -248,7 +250,7 @@ def conclude(error: BaseException) -> int:
     elif isinstance(error, Interrupted):
         outcome = {"status": error.exit_code, "signal": error.number, "folder": str(error.folder)}
     elif isinstance(error, KeyboardInterrupt):
-        outcome = {"status": 130, "line": "interrupted"}
+        outcome = {"status": INTERRUPTED, "line": "interrupted"}
     else:
         from hstu.cli import _one_line
 
@@ -351,6 +353,8 @@ def _raise_outcome(path: Path, failure: str | None, number: int | None) -> None:
     outcome = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "signal" in outcome:
         raise Interrupted(outcome["signal"], Path(outcome["folder"]))
+    if outcome.get("status") == INTERRUPTED:
+        raise KeyboardInterrupt
     if outcome.get("line"):
         raise UserError(outcome["line"])
     if outcome:

@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hstu import evaluate as ev
+from hstu import launch
 from hstu.config import OptimConfig
 from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
@@ -60,11 +63,6 @@ def evaluate_on_rank(options: dict[str, Any]) -> tuple[str, str, list[float], in
     return "", shown.getvalue(), seen, rows[0]
 
 
-def written(folder: Path) -> dict[str, Any]:
-    """evaluation.json without the time it took."""
-    return {k: v for k, v in json.loads((folder / "evaluation.json").read_text()).items() if k != "seconds"}
-
-
 def table_of(shown: str) -> list[str]:
     return [line for line in shown.splitlines() if "written to" not in line]
 
@@ -105,3 +103,78 @@ def test_two_ranks_evaluate_as_one(runs: dict[str, Path], name: str, kind: str) 
         assert first[3] == second[3] == rows
     else:
         assert first[3] + second[3] == rows and 0 < first[3] < rows
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("retrieval", {"embedding": "both"}, "embedding='both': expected one of local, sharded"),
+        ("retrieval", {"split": "train"}, "split=train: expected test or validation"),
+        ("ranking", {"eval": {"ks": [5]}}, "eval.ks=[5]: "),
+        ("width", {"embedding": "sharded"}, "model.dim=6: expected a multiple of 4 with embedding.kind=sharded"),
+    ],
+    ids=["kind", "split", "option of retrieval", "width"],
+)
+def test_all_ranks_refuse_alike(
+    runs: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = runs.get(name, tmp_path)
+    if name == "width":
+        shutil.copytree(runs["retrieval"], folder, dirs_exist_ok=True)
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["model"]["dim"] = 6
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    (first, shown, *_), (second, *_) = run_ranks(2, evaluate_on_rank, options_of(folder, **changes))
+    assert first == second and message in first and shown == ""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the launcher would have started: its settings, the command and the options."""
+    found: list[Any] = []
+
+    def elastic(launcher: Any, *_: Any) -> Any:
+        def run(*args: str) -> None:
+            found.append((launcher, args, json.loads((Path(args[2]) / launch.OPTIONS).read_text())))
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return found
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr("sys.argv", ["hstu-evaluate", *options])
+    try:
+        return ev.main() or 0
+    except SystemExit as stop:
+        return int(str(stop.code))
+
+
+def test_the_command_starts_the_ranks(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, "run=X", "ranks=3", "device=cpu", "embedding=sharded", "eval.ks=[5]") == 0
+    ((launcher, args, options),) = started
+    assert (launcher.nproc_per_node, launcher.max_restarts) == (3, 0)
+    assert (*args[:2], args[3]) == ("-m", "hstu.launch", "hstu.evaluate")
+    assert [options[n] for n in ("run", "ranks", "embedding", "device", "which")] == ["X", 3, "sharded", "cpu", "best"]
+    assert options["eval"]["ks"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("ranks=0", "ranks=0: expected >= 1 or null"), ("ranks=two", "ranks=two: expected >= 1 or null"),
+     ("device=tpu", "device=tpu: expected auto, cpu or cuda")],
+)  # fmt: skip
+def test_wrong_options_start_nothing(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert run_main(monkeypatch, "run=X", "ranks=2", option) == 1 and not started
+    assert capsys.readouterr().err.replace("'", "") == f"error: {message}\n"
+
+
+def test_an_interrupted_evaluation_ends_as_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.FOLDER, str(tmp_path))
+    assert launch.conclude(KeyboardInterrupt()) == 0
+    with pytest.raises(KeyboardInterrupt):
+        launch._raise_outcome(tmp_path / launch.OUTCOME, None, None)
