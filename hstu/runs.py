@@ -245,7 +245,7 @@ def load_run(
     if laid.embedding.kind == "sharded":
         from hstu.sharded import shard
 
-        shard(model.to(world.device), laid, world)
+        shard(model.to(world.device), laid, world, initial=False)
     restore_model(saved, model, world)
     return config, store, model.eval()
 

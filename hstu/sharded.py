@@ -280,8 +280,10 @@ def _local_name(name: str) -> str:
     return name.replace(f"collection.embeddings.{TABLE}.weight", "weight")
 
 
-def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
+def shard(model: nn.Module, config: Config, world: World, initial: bool = True) -> FusedTables:
     """Gives each rank its part of the model's tables, with initial values; returns what moves them.
+
+    initial: False where all rows are about to be read from a checkpoint: they are not drawn.
 
     The model's other parameters stay as they are. Every rank calls it. The model's ``sharded_names`` afterwards are the
     names of the parameters that data parallelism has to leave alone.
@@ -305,12 +307,13 @@ def shard(model: nn.Module, config: Config, world: World) -> FusedTables:
         )  # fmt: skip
         owners = dict(sharded_modules(model))
         for owner in owners.values():
-            if isinstance(owner, ShardedItemTable):
+            is_item = isinstance(owner, ShardedItemTable)
+            if is_item:
                 owner.world = world
-                _fill(owner.collection, [owner.initial])
-                _clear_padding(owner.collection)
-            else:
-                _fill(owner.collection, owner.initial)
+            if initial:
+                _fill(owner.collection, [owner.initial] if is_item else owner.initial)
+                if is_item:
+                    _clear_padding(owner.collection)
         world.barrier()  # large tables take a rank its time, for which the first exchange would not wait
         collections = {f"{path}.collection": owner.collection for path, owner in owners.items()}
         inside = tuple(f"{path}." for path in owners)
