@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from hstu.data import balance
 from hstu.data.balance import balanced_lengths, imbalance, rank_work, split_even, user_work
 from hstu.data.stochastic_length import cut_length, draw_lengths, whole_probability
 
@@ -61,6 +62,68 @@ def test_never_worse_than_grahams_bound(seed):
     work = random(seed).integers(1, 50, 8).astype(float)
     best = min(rank_work(work, np.array(a), 3).max() for a in itertools.product(range(3), repeat=8))
     assert rank_work(work, split_even(work, 3), 3).max() <= (4 / 3 - 1 / 9) * best
+
+
+def by_grahams_rule(work, num_ranks):
+    """Written anew: the heaviest first, to the rank of least work, then fewest users, then least number."""
+    loads, counts, ranks = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros(len(work), np.int64)
+    for user in np.argsort(-work, kind="stable"):
+        rank = min(range(num_ranks), key=lambda r: (loads[r], counts[r], r))
+        loads[rank], counts[rank], ranks[user] = loads[rank] + work[user], counts[rank] + 1, rank
+    return ranks
+
+
+@pytest.mark.parametrize("users, ranks", [(128, 8), (balance.ONE_BY_ONE, 3), (balance.ONE_BY_ONE + 1, 140)])
+def test_few_users_are_dealt_out_one_by_one(users, ranks):
+    work = user_work(skewed_lengths(users), 1.0, 300.0)
+    np.testing.assert_array_equal(split_even(work, ranks), by_grahams_rule(work, ranks))
+
+
+@pytest.mark.parametrize("users, ranks", [(6_000, 2), (20_000, 8), (20_000, 64), (20_000, 1000)])
+def test_many_users_keep_the_bound_and_are_mixed(users, ranks):
+    lengths = skewed_lengths(users)
+    work = user_work(lengths, 1.0, 300.0)
+    found = split_even(work, ranks)
+    assert found.dtype == np.int64 and found.min() == 0 and found.max() == ranks - 1
+    one_by_one = max(balance.ONE_BY_ONE, 16 * ranks)
+    assert users > one_by_one
+    heaviest_light = np.sort(work)[-one_by_one - 1]
+    loads = rank_work(work, found, ranks)
+    assert heaviest_light <= loads.mean() / 16
+    assert loads.max() <= max(work.max(), loads.mean() + heaviest_light)
+    if ranks <= 64:
+        assert imbalance(loads) < 0.01 and imbalance(rank_work(lengths.astype(float), found, ranks)) < 0.01
+        assert imbalance(np.bincount(found).astype(float)) < 0.05  # long and short users alike
+
+
+def test_a_rank_with_work_enough_gets_no_light_users():
+    # The 6,000 others share three ranks, though 3,953 of them are not dealt out one by one.
+    work = np.concatenate([np.ones(3_000), [1e6], np.ones(3_000)])
+    found = split_even(work, 4)
+    assert np.flatnonzero(found == found[3_000]).tolist() == [3_000]
+    assert sorted(np.bincount(found).tolist()) == [1, 2_000, 2_000, 2_000]
+
+
+def test_many_users_without_work_are_spread_too():
+    work = np.zeros(10_000)
+    work[17] = 5.0
+    counts = np.bincount(split_even(work, 4), minlength=4)
+    assert sorted(counts.tolist()) == [1 + 1_988, 2_670, 2_670, 2_671]
+    assert sorted(np.bincount(split_even(np.zeros(10_000), 4)).tolist()) == [2_500] * 4
+
+
+def test_light_users_too_light_to_count():
+    work = np.concatenate([np.full(3_000, 1e20), np.full(3_000, 1e-3)])
+    found = split_even(work, 3)
+    assert np.bincount(found[:3_000]).tolist() == [1_000] * 3 and ((found >= 0) & (found < 3)).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 997, 4_096])
+def test_mixed_orders_are_permutations_whose_stretches_are_even(count):
+    mixed = balance._mixed(count)
+    assert sorted(mixed.tolist()) == list(range(count))
+    for first in range(0, count - 50, 37):  # 50 of them: in every fifth of all about 10
+        assert np.bincount(mixed[first : first + 50] * 5 // count, minlength=5) == pytest.approx(10, abs=2)
 
 
 def test_work_is_more_even_than_equal_numbers_of_users():
