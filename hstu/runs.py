@@ -240,7 +240,7 @@ def load_run(
     saved = checkpoint.load(checkpoints / checkpoint.BEST, world) if best else checkpoint.load_last(checkpoints, world)
     if saved is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
-    laid = _to_serve(config, kind or (config.embedding.kind if world.size > 1 else "local"))
+    laid = _to_serve(config, kind or (config.embedding.kind if world.size > 1 else "local"), world.device)
     model: nn.Module = build_model(laid, store)
     if laid.embedding.kind == "sharded":
         from hstu.sharded import shard
@@ -250,7 +250,7 @@ def load_run(
     return config, store, model.eval()
 
 
-def _to_serve(config: Config, kind: str) -> Config:
+def _to_serve(config: Config, kind: str, device: torch.device) -> Config:
     """The config with tables of ``kind`` that do not learn: without the state of an optimizer, and as exact as saved.
 
     Raises UserError for another kind, or a model that cannot have it.
@@ -260,7 +260,10 @@ def _to_serve(config: Config, kind: str) -> Config:
         kept = ("ids", "rows", "policy", "policy_decay", "evict_every")
         embedding = EmbeddingConfig(**{name: getattr(config.embedding, name) for name in kept})
     else:
+        dtype = config.embedding.dtype
+        if dtype == "bfloat16" and device.type == "cpu":  # where fbgemm has it not
+            dtype = "float32"
         embedding = dataclasses.replace(
-            config.embedding, kind=kind, optimizer="sgd", lr=None, comm_dtype="float32", pipeline=False
+            config.embedding, kind=kind, optimizer="sgd", lr=None, dtype=dtype, comm_dtype="float32", pipeline=False
         )
     return dataclasses.replace(config, embedding=embedding, optim=OptimConfig())

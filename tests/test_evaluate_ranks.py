@@ -105,6 +105,28 @@ def test_two_ranks_evaluate_as_one(runs: dict[str, Path], name: str, kind: str) 
         assert first[3] + second[3] == rows and 0 < first[3] < rows
 
 
+def copied(folder: Path, to: Path, group: str, **changes: Any) -> Path:
+    """The run folder again, with other values in a group of its config."""
+    shutil.copytree(folder, to)
+    values = yaml.safe_load((to / "config.yaml").read_text())
+    values[group] |= changes
+    (to / "config.yaml").write_text(yaml.safe_dump(values))
+    return to
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_with_narrow_sharded_rows_is_evaluated_so(runs: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+    """As trained, without being asked to; on CPUs, where there is no bfloat16, with wide rows."""
+    pytest.importorskip("torchrec")
+    wide = run_ranks(1, evaluate_on_rank, options_of(runs["retrieval"]))[0][2]
+    narrow = {"kind": "sharded", "dtype": dtype, "comm_dtype": dtype, "pipeline": True}
+    clipping = copied(runs["retrieval"], tmp_path / "a", "optim", clip_norm=None)
+    folder = copied(clipping, tmp_path / "b", "embedding", **narrow)
+    first, second = run_ranks(2, evaluate_on_rank, options_of(folder))
+    assert first[0] == second[0] == "" and first[3] + second[3] == 61
+    assert first[2] == second[2] == pytest.approx(wide, abs=1.0 if dtype == "float16" else 0.0)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -120,10 +142,7 @@ def test_all_ranks_refuse_alike(
 ) -> None:
     folder = runs.get(name, tmp_path)
     if name == "width":
-        shutil.copytree(runs["retrieval"], folder, dirs_exist_ok=True)
-        values = yaml.safe_load((folder / "config.yaml").read_text())
-        values["model"]["dim"] = 6
-        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        folder = copied(runs["retrieval"], tmp_path / "run", "model", dim=6)
     (first, shown, *_), (second, *_) = run_ranks(2, evaluate_on_rank, options_of(folder, **changes))
     assert first == second and message in first and shown == ""
 
