@@ -132,7 +132,11 @@ def render(root: Path = ROOT) -> str:
     sources = [
         (root / "hstu" / name).read_text(encoding="utf-8")
         for name in (
-            "config.py", "config_model.py", "config_similarity.py", "config_embedding.py", "config_ranking.py",
+            "config.py",
+            "config_model.py",
+            "config_similarity.py",
+            "config_embedding.py",
+            "config_ranking.py",
             "config_stream.py",
         )  # fmt: skip
     ]
