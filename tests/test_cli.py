@@ -75,7 +75,7 @@ def test_an_option_unlike_any_other_lists_them_all(said):
     [
         ("splt=test", "there is no option splt; did you mean split?"),
         ("eval.kss=[1]", "there is no option eval.kss; did you mean ks?"),
-        ("zzz=1", "there is no option zzz; it is one of device, eval, "),
+        ("zzz=1", "there is no option zzz; it is one of device, embedding, eval, "),
     ],
     ids=lambda value: value.split("=")[0],
 )
