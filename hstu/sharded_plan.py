@@ -137,12 +137,15 @@ def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]
                 f"rank, which has {_gib(room)} for tables: take row_wise, or auto"
             )
     if total > room * world.size:
+        ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+        narrower = [] if config.dtype != "float32" else ["embedding.dtype=float16"]
+        plainer = [] if config.optimizer in ("sgd", "rowwise_adagrad") else ["embedding.optimizer=rowwise_adagrad"]
         raise UserError(
             f"embedding: the tables need {_gib(total)} ({', '.join(t.describe(config) for t in tables)}; "
-            f"{config.dtype}, {config.optimizer}'s state included), and {world.size} ranks of "
+            f"{config.dtype}, {config.optimizer}'s state included), and {ranks} of "
             f"{_describe_room(config, world, whole)} have {_gib(room * world.size)} for tables ({RESERVED:.0%} is kept "
-            f"for the rest): take at least {-(-total // room)} ranks, embedding.dtype=float16, "
-            "embedding.optimizer=rowwise_adagrad or a smaller model.dim"
+            f"for the rest): take {', '.join([f'at least {-(-total // room)} ranks', *narrower, *plainer])} or a "
+            "smaller model.dim"
         )
 
 
