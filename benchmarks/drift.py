@@ -1,6 +1,6 @@
 """A log in which items come and go, streamed day by day with a row for each item, hashed rows and managed rows.
 
-    python -m benchmarks.drift folder=/tmp/drift [rows=200] [days=16] [seeds=[0,1]] [ids=[exact,hash,managed]]
+    python -m benchmarks.drift folder=drift-runs [rows=200] [days=16] [seeds=[0,1]] [ids=[exact,hash,managed]]
 
 Every day ``new`` items appear and as many are given up; an item lives ``live / new`` days. What a user takes next is,
 with probability ``follow``, what follows the last item in a fixed order, else any item of the day. Printed as a table

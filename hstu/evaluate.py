@@ -236,8 +236,14 @@ def evaluation_json(
     config: Config, store: SequenceStore, evaluation: Evaluation, part: str, which: str
 ) -> dict[str, Any]:
     """Content of ``evaluation.json``: what was evaluated, how, with what, and every number."""
+    published = dataclasses.asdict(row) if (row := published_row(config)) is not None else {}
+    what = what_was_evaluated(config, store, part, which)
+    return {"dataset": dataset_label(store), **what, "published": published, **evaluation.to_dict()}
+
+
+def what_was_evaluated(config: Config, store: SequenceStore, part: str, which: str) -> dict[str, Any]:
+    """What every ``evaluation.json`` says beside its numbers: the split, the run, the options, the machine."""
     return {
-        "dataset": dataset_label(store),
         "protocol": store.meta.get("protocol"),
         "split_hash": store.meta.get("split_hash"),
         "model": config.model.name,
@@ -247,11 +253,9 @@ def evaluation_json(
         "part": part,
         "checkpoint": which,
         "eval": dataclasses.asdict(config.eval),
-        "published": dataclasses.asdict(row) if (row := published_row(config)) is not None else {},
         "machine": report.machine(),
         "versions": report.versions(),
         "commit": report.commit(),
-        **evaluation.to_dict(),
     }
 
 

@@ -24,7 +24,7 @@ from hstu.data.ranking_batches import ranking_eval_batches
 from hstu.data.splits import Split, Targets, make_event_split
 from hstu.distributed import World
 from hstu.errors import UserError
-from hstu.evaluate import ALL_USERS, dataset_label, override_eval, run_device, split_targets
+from hstu.evaluate import ALL_USERS, dataset_label, override_eval, run_device, split_targets, what_was_evaluated
 from hstu.runs import agree_on_run
 
 if TYPE_CHECKING:
@@ -188,19 +188,8 @@ def assess_ranking(
                 plot_reliability(folder / f"reliability-{name}{suffix}.png", chosen, f"{data_label(data)}: {name}")
     return {
         "dataset": data_label(data),
-        "protocol": data.store.meta.get("protocol"),
         "split": data.store.meta.get("split"),
-        "split_hash": data.store.meta.get("split_hash"),
-        "model": config.model.name,
-        "experiment": config.experiment,
-        "seed": config.seed,
-        "selection": config.run.selection,
-        "part": part,
-        "checkpoint": which,
-        "eval": dataclasses.asdict(config.eval),
-        "machine": report.machine(),
-        "versions": report.versions(),
-        "commit": report.commit(),
+        **what_was_evaluated(config, data.store, part, which),
         "rows": rows,
         "reliability": curves,
     }

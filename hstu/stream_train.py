@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ import torch
 from hstu import checkpoint, metrics, report
 from hstu.allocator import keep_freed_memory
 from hstu.checkpoint_state import model_state
-from hstu.cli import command, run_hydra
+from hstu.cli import command
 from hstu.config import Config, DataConfig, build, from_dict
 from hstu.config_stream import FREE_ON_RESUME, StreamConfig
 from hstu.data.days import SAMPLE_SEED, Day, DayBatches, Days, StoreDays
@@ -37,7 +37,7 @@ from hstu.problem import Problem, build_model
 from hstu.progress import Display
 from hstu.runs import note_store, open_store, run_folder
 from hstu.seeding import derive
-from hstu.train import Interrupted, Trainer
+from hstu.train import Interrupted, Trainer, run_composed
 from hstu.vocabulary import unknown_shares
 
 if TYPE_CHECKING:
@@ -371,20 +371,10 @@ def run_command(options: dict[str, Any]) -> None:
 @command
 def main() -> int:
     """Entry point of ``hstu-stream``."""
-    from omegaconf import OmegaConf
-
-    from hstu.launch import first_to_say
-
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    try:
-        run_hydra(lambda cfg: run_command(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))), "stream")
-    except Interrupted as stop:
-        if first_to_say():
-            print(stop, file=sys.stderr)
-        return stop.exit_code
-    return 0
+    return run_composed(run_command, "stream")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -493,20 +494,25 @@ def run_command(options: dict[str, Any]) -> None:
             show_results(finished, display.console)
 
 
-@command
-def main() -> int:
-    """Entry point of ``hstu-train``."""
+def run_composed(task: Callable[[dict[str, Any]], None], config_name: str) -> int:
+    """Calls ``task`` with the composed options of the command line; returns the exit status, also after a signal."""
     from omegaconf import OmegaConf
 
     from hstu.launch import first_to_say
 
     try:
-        run_hydra(lambda cfg: run_command(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))), "config")
+        run_hydra(lambda cfg: task(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))), config_name)
     except Interrupted as stop:
         if first_to_say():
             print(stop, file=sys.stderr)
         return stop.exit_code
     return 0
+
+
+@command
+def main() -> int:
+    """Entry point of ``hstu-train``."""
+    return run_composed(run_command, "config")
 
 
 if __name__ == "__main__":

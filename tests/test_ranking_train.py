@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,9 @@ from hstu.data.store import write_store
 from hstu.errors import UserError
 from hstu.evaluate import evaluate_run
 from hstu.recommend import load
-from hstu.train import Interrupted, Trainer, run_command, train
+from hstu.train import run_command, train
 from tests.ranking import config_of
+from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, logged
 
 NUM_USERS, NUM_ITEMS, SPLIT_TIME = 40, 12, 800
@@ -105,28 +104,15 @@ def test_the_loss_falls_and_the_planted_taste_is_found(trained, form):
     assert result["selected_by"] == "click/ne on validation" and result["test"] == row["metrics"]
 
 
-def stop_at(step, monkeypatch):
-    """A signal arrives at a step; the run saves and raises Interrupted."""
-    original = Trainer._step
-
-    def step_then_signal(self, step_input):
-        if self.progress.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step_input)
-
-    monkeypatch.setattr(Trainer, "_step", step_then_signal)
-
-
 def moved(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
-def test_a_stopped_run_resumes_bit_identical(trained, tmp_path, monkeypatch, form):
+def test_a_stopped_run_resumes_bit_identical(trained, tmp_path, form):
     config, whole = trained[form]
     stopped = moved(config, tmp_path / "stopped")
-    stop_at(13, monkeypatch)
-    with pytest.raises(Interrupted):
+    with stopped_at(13):
         train(stopped)
     folder = train(stopped)
     assert_same_run(whole, folder)
@@ -138,13 +124,12 @@ def progressive_config(folder, form="interleaved", **changes):
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
-def test_progressive_validation_and_its_resume(stored, tmp_path, monkeypatch, form):
+def test_progressive_validation_and_its_resume(stored, tmp_path, form):
     whole = train(progressive_config(tmp_path / "whole", form))
     predictions = np.load(whole / "predictions.npy")
     assert predictions.shape == (stored.num_events, 2) and np.isfinite(predictions).all()
-    stop_at(4, monkeypatch)
     stopped = progressive_config(tmp_path / "stopped", form)
-    with pytest.raises(Interrupted):
+    with stopped_at(4):
         train(stopped)
     part = np.load(Path(stopped.run.dir) / "predictions.npy")
     late = np.argsort(np.asarray(stored.timestamps), kind="stable")[5 * STEP_EVENTS :]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,9 +22,10 @@ from hstu.errors import UserError
 from hstu.prepare import prepare
 from hstu.runs import load_run
 from hstu.stream_train import StreamTrainer, stream_train
-from hstu.train import Interrupted, Trainer
+from hstu.train import Trainer
 from hstu.two_stage import TwoStage
 from tests.data.test_watch import at, write_day
+from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, final_state, logged, make_config
 
 DAYS = 4
@@ -93,23 +92,12 @@ def test_rates_of_the_dense_part_and_of_tables(finished: tuple[Config, Path], tm
 
 
 @pytest.mark.parametrize("stop", [2, 14], ids=["first day", "later day"])
-def test_stopped_and_resumed_it_ends_bit_identical(
-    finished: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
+def test_stopped_and_resumed_it_ends_bit_identical(finished: tuple[Config, Path], tmp_path: Path, stop: int) -> None:
     config, folder = finished
     stopped = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
     stream = settings(config, lr_decay=0.5, table_lr_decay=0.9)
-    step = Trainer._step
-
-    def step_then_signal(self: Trainer, step_input: Any) -> float:
-        if self.progress.global_step == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, step_input)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_then_signal)
-        with pytest.raises(Interrupted):
-            stream_train(stopped, stream)
+    with stopped_at(stop - 1):
+        stream_train(stopped, stream)
     assert final_state(tmp_path / "stopped").values["progress"]["global_step"] == stop
     assert_same_run(folder, stream_train(stopped, stream))
 

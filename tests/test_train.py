@@ -43,7 +43,8 @@ from hstu.optim import WeightAverage, make_optimizer, set_learning_rate
 from hstu.progress import Display
 from hstu.results import Planned, expand_runs, show_results
 from hstu.runs import load_run, lock_folder, open_store
-from hstu.train import Interrupted, Trainer, run_command, train
+from hstu.train import Trainer, run_command, train
+from tests.stopping import stopped_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("events_per_s",)
@@ -232,18 +233,10 @@ def test_killed_at_random_points_the_run_ends_bit_identical(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_first_and_the_run_resumes(finished, tmp_path, monkeypatch, number):
+def test_a_signal_saves_first_and_the_run_resumes(finished, tmp_path, number):
     config, folder = finished
     stopped = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
-    step, after = Trainer._step, []
-
-    def step_then_signal(self, step_input):
-        if self.progress.global_step == 4:
-            os.kill(os.getpid(), number)
-        return step(self, step_input)
-
-    monkeypatch.setattr(Trainer, "_step", step_then_signal)
-    with pytest.raises(Interrupted) as raised:
+    with stopped_at(4, number) as raised:
         train(stopped)
     assert raised.value.exit_code == 128 + number
     after = final_state(Path(stopped.run.dir))
@@ -441,19 +434,10 @@ def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatc
         lock_folder(tmp_path, patience_s=60.0)
 
 
-def test_several_runs_resume_by_their_common_folder(tmp_path, monkeypatch):
+def test_several_runs_resume_by_their_common_folder(tmp_path):
     options = to_dict(make_config(tmp_path, "several", run_epochs=1)) | {"seeds": [0, 1]}
-    step = Trainer._step
-
-    def step_then_signal(self, step_input):
-        if self.config.seed == 1 and self.progress.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, step_input)
-
-    monkeypatch.setattr(Trainer, "_step", step_then_signal)
-    with pytest.raises(Interrupted, match=f"run.dir={tmp_path / 'several'}$"):
+    with stopped_at(2, seed=1, match=f"run.dir={tmp_path / 'several'}$"):
         run_command(options)
-    monkeypatch.setattr(Trainer, "_step", step)
     run_command(options)
     results = sorted((tmp_path / "several").glob("*/result.json"))
     assert [p.parent.name for p in results] == ["tiny-seed0", "tiny-seed1"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ from hstu.config import ColumnsConfig, Config, DataConfig, LossConfig
 from hstu.data.store import SequenceStore, write_store
 from hstu.errors import UserError
 from hstu.prepare import prepare
-from hstu.train import Interrupted, Trainer, train
+from hstu.train import Trainer, train
 from tests.ranks import run_ranks
+from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, final_state, logged, make_config
 
 
@@ -65,22 +64,11 @@ def test_streamed_loss_falls(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [3, 16], ids=["in the first epoch", "at the end of the second"])
-def test_streamed_run_is_resumed_bit_identical(
-    root: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
+def test_streamed_run_is_resumed_bit_identical(root: Path, finished: Path, tmp_path: Path, stop: int) -> None:
     config = sharded_config(root, "unused", run_epochs=4)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
-    step = Trainer._step
-
-    def step_then_signal(self: Trainer, step_input: Any) -> float:
-        if self.progress.global_step == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, step_input)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_then_signal)
-        with pytest.raises(Interrupted):
-            train(config)
+    with stopped_at(stop - 1):
+        train(config)
     assert final_state(tmp_path / "stopped").values["progress"]["global_step"] == stop
     refused = r"saved by 1 rank\(s\) within an epoch, .* 2 would train on some twice; take 1 until"
     assert all(re.search(refused, text) for text in run_ranks(2, refusal, config))

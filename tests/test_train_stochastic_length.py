@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -17,7 +15,8 @@ from hstu.data.stochastic_length import savings_text
 from hstu.evaluate import evaluate
 from hstu.progress import Display
 from hstu.runs import load_run
-from hstu.train import Interrupted, Trainer, train
+from hstu.train import train
+from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, logged, make_config
 
 ON = StochasticLengthConfig(1.3, "uniform")
@@ -69,18 +68,10 @@ def test_the_number_of_trained_events_is_what_was_left(finished):
     assert trainer_events == pytest.approx(2 * data.lengths.sum() * (1 - result["tokens_dropped"]))
 
 
-def test_stopped_and_resumed_it_ends_bit_identical(finished, tmp_path, monkeypatch):
+def test_stopped_and_resumed_it_ends_bit_identical(finished, tmp_path):
     config, folder, _ = finished
     stopped = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
-    step = Trainer._step
-
-    def step_then_signal(self, *arguments):
-        if self.progress.global_step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "_step", step_then_signal)
-    with pytest.raises(Interrupted):
+    with stopped_at(12):
         train(stopped)
     assert_same_run(folder, train(stopped))
 

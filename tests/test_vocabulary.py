@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,10 @@ from hstu.recommend import Recommender
 from hstu.runs import load_run, open_store
 from hstu.seeding import derive
 from hstu.stream_train import stream_train
-from hstu.train import Interrupted, Trainer, train
+from hstu.train import Trainer, train
 from hstu.vocabulary import RESET_SEED, unknown_shares
 from tests.ranks import run_ranks
+from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, final_state, logged, make_config
 from tests.test_train_ranks import narrow, run_steps
 
@@ -79,21 +78,10 @@ def test_told_in_every_step_and_at_validation(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [2, 7, 14], ids=["between updates", "later", "in the second epoch"])
-def test_resumed_bit_identical(
-    root: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
+def test_resumed_bit_identical(root: Path, finished: Path, tmp_path: Path, stop: int) -> None:
     config = narrow_dir(managed_config(root, "unused"), tmp_path / "stopped")
-    step = Trainer._step
-
-    def step_then_signal(self: Trainer, step_input: Any) -> float:
-        if self.progress.global_step == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, step_input)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_then_signal)
-        with pytest.raises(Interrupted):
-            train(config)
+    with stopped_at(stop - 1):
+        train(config)
     waiting = final_state(tmp_path / "stopped").tensors("model.")["table.item_rows.waiting"]
     assert (len(waiting) > 0) == (stop % 3 != 1), "the map is renewed in steps 0, 3, 6, ..."
     assert_same_run(finished, train(config))
