@@ -90,12 +90,13 @@ def _add_products_cpu(logits: Tensor, queries: Tensor, table: Tensor, ids: Tenso
     queries, table = _padded(queries), _padded(table)
     rows = min(ids.shape[0], (2**31 - 1) // columns)  # the pattern is int32
     crow = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
-    for part in row_chunks(ids.shape[0], rows):
-        size = (part.stop - part.start, table.shape[0])
-        pattern = torch.sparse_csr_tensor(
-            crow[: size[0] + 1], ids[part].view(-1), logits[part].view(-1), size=size, check_invariants=False
-        )
-        torch.sparse.sampled_addmm(pattern, queries[part], table.mT, beta=1.0, alpha=scale, out=pattern)
+    with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 warns where only the call says so
+        for part in row_chunks(ids.shape[0], rows):
+            size = (part.stop - part.start, table.shape[0])
+            pattern = torch.sparse_csr_tensor(
+                crow[: size[0] + 1], ids[part].view(-1), logits[part].view(-1), size=size, check_invariants=False
+            )
+            torch.sparse.sampled_addmm(pattern, queries[part], table.mT, beta=1.0, alpha=scale, out=pattern)
 
 
 def _add_products(logits: Tensor, queries: Tensor, table: Tensor, ids: Tensor, scale: float) -> None:
