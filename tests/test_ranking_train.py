@@ -57,7 +57,7 @@ def make_config(folder, form="interleaved", name="run", tasks=None, ranking=None
     }  # fmt: skip
     config = RankingConfig(form, **(settings | (ranking or {})))
     model = HSTUConfig(dim=16, num_blocks=1, num_heads=2, qk_dim=8, v_dim=8, max_len=16, dropout=0.1)
-    run = {"run_epochs": 6, "run_batch_users": 8, "run_select_metric": "click/ne", "run_dir": str(folder / name)}
+    run = {"run_epochs": 7, "run_batch_users": 8, "run_select_metric": "click/ne", "run_dir": str(folder / name)}
     data = DataConfig(name="planted", source="log", split="global-time", split_time=str(SPLIT_TIME))
     return config_of(config, model=model, data=data, **(run | changes))
 
