@@ -33,7 +33,7 @@ from hstu.model.retrieval import RetrievalModel
 from hstu.optim import make_optimizer
 from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
 from hstu.plan_cost import Step, plan_step
-from hstu.plan_memory import Workload
+from hstu.plan_work import Workload
 
 WARM_UP_STEPS = 2
 LEAST_STEPS = 5

@@ -20,12 +20,14 @@ from typing import Any, cast
 from hstu.cli import command, run_hydra
 from hstu.errors import UserError
 from hstu.feature_tables import has_torchrec
-from hstu.plan_config import PlanConfig, from_options
+from hstu.plan_config import GIB, PlanConfig, from_options
 from hstu.plan_cost import Transfer, loss_transfers, row_transfers
-from hstu.plan_memory import GIB, Workload, check_model, is_replicated, plan_memory
+from hstu.plan_memory import check_model, plan_memory
 from hstu.plan_screen import show
 from hstu.plan_search import Plan, mends, smallest_cluster
+from hstu.plan_tables import is_replicated
 from hstu.plan_torchrec import Sharding, plan_sharding
+from hstu.plan_work import Workload
 
 NOT_VALIDATED = (
     "Times are not validated on a GPU. Memory is checked on the CPU to 10 %; what a GPU's allocator adds is in the "

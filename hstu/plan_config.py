@@ -14,6 +14,9 @@ from hstu.config_embedding import EmbeddingConfig
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig
 from hstu.errors import UserError, check, one_of
 
+GIB = 2.0**30
+FLOAT, INT64, INT32 = 4, 8, 4
+"""Bytes."""
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PLACEMENTS = ("hbm", "uvm_caching", "uvm")
 

@@ -14,22 +14,12 @@ from dataclasses import dataclass
 
 from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
 from hstu.feature_tables import BAGS
-from hstu.plan_config import DTYPE_BYTES, PlanConfig
-from hstu.plan_memory import (
-    DRAW_BYTES,
-    FLOAT,
-    INT64,
-    Workload,
-    bank_items,
-    dense_parameters,
-    distinct,
-    is_replicated,
-    layer_bytes,
-    num_shards,
-    optimizer_bytes,
-    rectangle_width,
-    scored_rows,
-)
+from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
+from hstu.plan_layers import layer_bytes
+from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
+from hstu.plan_memory import dense_parameters
+from hstu.plan_tables import is_replicated, num_shards, optimizer_bytes
+from hstu.plan_work import Workload
 
 BACKWARD_ATTENTION = 2.5
 """Times the forward: five products, of which two are computed again (as benchmarks/ops/attention.py counts)."""

@@ -9,8 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from hstu.plan_config import GIB
 from hstu.plan_cost import Step, Transfer
-from hstu.plan_memory import GIB, Memory, Part
+from hstu.plan_memory import Memory, Part
 from hstu.plan_search import Mend, Plan
 from hstu.plan_torchrec import Sharding
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from hstu.plan_config import PlanConfig
 from hstu.plan_cost import Step, plan_step
-from hstu.plan_memory import Memory, Workload, is_replicated, plan_memory
+from hstu.plan_memory import Memory, plan_memory
+from hstu.plan_tables import is_replicated
+from hstu.plan_work import Workload
 
 MOST_GPUS = 2**15
 """No larger cluster is looked for."""

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from hstu.feature_tables import has_torchrec
-from hstu.plan_config import PlanConfig
-from hstu.plan_memory import FLOAT, GIB, INT64, Memory, Workload, is_replicated, scored_rows, table_bytes
+from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
+from hstu.plan_losses import scored_rows
+from hstu.plan_memory import Memory
+from hstu.plan_tables import is_replicated, table_bytes
+from hstu.plan_work import Workload
 from hstu.sharded_plan import column_part, quiet
 
 TABLE = "item_table"

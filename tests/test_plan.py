@@ -15,10 +15,11 @@ import pytest
 
 from hstu.config import HSTUConfig, LossConfig
 from hstu.errors import UserError
-from hstu.plan_config import GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
+from hstu.plan_config import GIB, GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
 from hstu.plan_cost import Network, compute_parts, loss_transfers, plan_step, row_transfers, transfers
-from hstu.plan_memory import GIB, Workload, plan_memory
+from hstu.plan_memory import plan_memory
 from hstu.plan_search import Plan, mends, smallest_cluster
+from hstu.plan_work import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = HSTUConfig(dim=256, num_blocks=4, num_heads=4, qk_dim=64, v_dim=64, max_len=1000)

@@ -17,7 +17,9 @@ from hstu.distributed import World
 from hstu.model.retrieval import RetrievalModel
 from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
 from hstu.plan_cost import transfers
-from hstu.plan_memory import Workload, saved_bytes, table_bytes
+from hstu.plan_memory import saved_bytes
+from hstu.plan_tables import table_bytes
+from hstu.plan_work import Workload
 from tests.ranks import run_ranks
 from tests.test_plan_memory import kept_bytes, make_batch
 

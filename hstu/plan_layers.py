@@ -1,0 +1,87 @@
+"""What the encoders keep for the backward pass and need while it runs, layer by layer.
+
+Legend: T tokens of a GPU, D model width, H heads, A query/key width, V value width per head, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.plan_config import FLOAT, INT32, INT64, PlanConfig
+from hstu.plan_work import Workload
+
+BATCH_COLUMNS = 5
+"""int64 numbers of a token in a batch: item, label, time, request time, row."""
+SOFTMAX_LAYER_ROWS = 9
+"""Float32 rows of width D a token that the backward of a SASRec or Transformer layer needs at once."""
+PAIR_BLOCK = 64
+"""The torch path lays out time buckets for whole blocks of so many query rows (kernels/attention/layout.py)."""
+
+
+def layer_bytes(config: PlanConfig, work: Workload) -> float:
+    """What one layer keeps for the backward pass.
+
+    Under autocast the residual stream stays float32 and what products give is narrow; so is the copy of its input that
+    a linear layer keeps.
+    """
+    model, low = config.model, config.activation_bytes
+    tokens, dim = work.tokens, model.dim
+    if isinstance(model, HSTUConfig):  # the layer's input; u, v, q, k side by side; the attended values
+        values = model.num_heads * model.v_dim
+        return tokens * (FLOAT * dim + low * (3 * values + 2 * model.num_heads * model.qk_dim))
+    if isinstance(model, SASRecConfig):
+        fed = 2 * FLOAT if low == FLOAT else 3 * low  # inputs of linear layers: LN(x), z and, where narrow, x
+        kept = tokens * dim * (2 * FLOAT + fed + low)  # x, the sum before the second norm; fed; attended
+        kept += tokens * (4 * FLOAT + 2 * low * model.ffn_dim)  # statistics; after ReLU, after dropout
+        return kept + _softmax_bytes(config, work, model.dropout)
+    assert isinstance(model, TransformerConfig)
+    kept = tokens * dim * (4 * FLOAT + 2 * low + low)  # twice x and its norm; what enters linear layers; attended
+    kept += tokens * (2 * FLOAT + 4 * low * model.ffn_dim + 2 * low * dim / model.num_heads)  # gates; sines
+    return kept + _softmax_bytes(config, work, 0.0) + (tokens * dim * low * 2 if config.torch_path else 0.0)
+
+
+def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
+    """Softmax attention: q, k, v on the torch path; elsewhere all padded to the longest user.
+
+    With dropout on the weights the padded path keeps them twice, before and after, and its mask of one byte.
+    """
+    low, dim, heads = config.activation_bytes, config.model.dim, config.model.num_heads
+    if config.torch_path:
+        return work.tokens * 3 * dim * low
+    slots = work.users * work.longest
+    kept = slots * (3 * dim * low + INT64) + work.tokens * INT64
+    if dropout:
+        return kept + heads * slots * work.longest * (FLOAT + low + 1)
+    return kept + slots * (dim * low + heads * FLOAT)
+
+
+def layer_workspace(config: PlanConfig, work: Workload) -> float:
+    """What the backward pass of one layer needs beside what is kept; measured on the CPU, as docs/plan.md says."""
+    model, low = config.model, config.activation_bytes
+    if isinstance(model, HSTUConfig):  # the projection once more and its gradient
+        width = 2 * model.num_heads * (model.v_dim + model.qk_dim)
+        return work.tokens * (2 * low * width + FLOAT * model.dim)
+    needed = SOFTMAX_LAYER_ROWS * work.tokens * FLOAT * model.dim
+    if config.torch_path or not (isinstance(model, SASRecConfig) and model.dropout):
+        return needed
+    return needed + 2 * FLOAT * model.num_heads * work.users * work.longest**2  # gradients of the padded weights
+
+
+def input_bytes(config: PlanConfig, work: Workload) -> float:
+    """The batch and what all layers share: the plan of the attention."""
+    columns = work.tokens * INT64 * BATCH_COLUMNS
+    if not config.torch_path:
+        return columns + work.tokens * 2 * INT32  # ages of queries and keys
+    rows = 2 * work.tokens * INT64
+    model = config.model
+    if not (isinstance(model, HSTUConfig) and model.bias.time):
+        return columns + rows
+    block = min(PAIR_BLOCK, work.longest)
+    return columns + rows + INT32 * (work.squares / 2 + work.tokens * block / 2)
+
+
+def output_bytes(config: PlanConfig, work: Workload) -> float:
+    """What is kept between the last layer and the loss: L2 normalisation, a final norm."""
+    kept = work.tokens * (FLOAT * config.model.dim + 2 * FLOAT) if config.model.l2_normalize else 0.0
+    if isinstance(config.model, TransformerConfig):
+        kept += work.tokens * (2 * FLOAT * config.model.dim + FLOAT)
+    return kept

@@ -1,0 +1,44 @@
+"""How the tables of ids lie on the GPUs: shards and the optimizer's state.
+
+Legend: N GPUs, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hstu.plan_config import DTYPE_BYTES, PlanConfig
+from hstu.sharded_plan import column_part, state_bytes
+
+
+def is_replicated(config: PlanConfig) -> bool:
+    """Whether every GPU has the whole table, with a gradient as large."""
+    return config.embedding.kind == "local"
+
+
+def num_shards(config: PlanConfig) -> int:
+    """GPUs over which the table lies."""
+    sharding, gpus = config.embedding.sharding, config.cluster.gpus
+    if is_replicated(config) or sharding == "table_wise":
+        return 1
+    return config.model.dim // column_part(config.model.dim, gpus) if sharding == "column_wise" else gpus
+
+
+def shard_shape(config: PlanConfig) -> tuple[int, int]:
+    """Rows and columns of the largest shard; the padding row counts."""
+    rows, shards = config.embedding.rows + 1, num_shards(config)
+    if config.embedding.sharding == "column_wise":
+        return rows, config.model.dim // shards
+    return math.ceil(rows / shards), config.model.dim
+
+
+def table_bytes(config: PlanConfig) -> tuple[float, float]:
+    """Rows of the largest shard, and their optimizer's state."""
+    rows, columns = shard_shape(config)
+    size = float(rows) * columns * DTYPE_BYTES[config.embedding.dtype]
+    return size, float(optimizer_bytes(config.embedding.optimizer, rows, columns))
+
+
+def optimizer_bytes(optimizer: str, rows: int, columns: int) -> int:
+    """Of the state of so many rows; float32 for narrow rows too. adamw keeps what adam does."""
+    return state_bytes("adam" if optimizer == "adamw" else optimizer, rows, columns)
