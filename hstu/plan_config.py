@@ -26,6 +26,7 @@ class Gpu:
     """Data-sheet figures of one GPU and the machine it is usually sold in."""
 
     hbm_gib: float
+    """What torch can use, as its out-of-memory messages tell it ("total capacity"): less than the data sheet's GB."""
     hbm_gbps: float
     """GB/s."""
     peak_tflops: float
@@ -45,17 +46,17 @@ class Gpu:
 
 
 GPUS = {
-    "h200": Gpu(141, 4800, 989, 67, 450, 50, 64, 2048, 8,
-                "NVIDIA H200 SXM data sheet (NVLink 900 GB/s both ways); DGX H200: 400 Gb/s a GPU, 2 TB"),
-    "h100": Gpu(80, 3350, 989, 67, 450, 50, 64, 2048, 8,
-                "NVIDIA H100 SXM data sheet (NVLink 900 GB/s both ways); DGX H100: 400 Gb/s a GPU, 2 TB"),
-    "b200": Gpu(180, 8000, 2250, 75, 900, 50, 64, 2048, 8,
-                "NVIDIA HGX/DGX B200 data sheet, an eighth (NVLink 1.8 TB/s both ways, bf16 4.5 PFLOPS sparse); "
-                "DGX B200: 400 Gb/s a GPU, 2 TB"),
-    "a100": Gpu(80, 2039, 312, 19.5, 300, 25, 32, 2048, 8,
+    "h200": Gpu(139.8, 4800, 989, 67, 450, 50, 64, 2048, 8,
+                "NVIDIA H200 SXM data sheet (141 GB; NVLink 900 GB/s both ways); DGX H200: 400 Gb/s a GPU, 2 TB"),
+    "h100": Gpu(79.1, 3350, 989, 67, 450, 50, 64, 2048, 8,
+                "NVIDIA H100 SXM data sheet (80 GB; NVLink 900 GB/s both ways); DGX H100: 400 Gb/s a GPU, 2 TB"),
+    "b200": Gpu(178.4, 8000, 2250, 75, 900, 50, 64, 2048, 8,
+                "NVIDIA HGX/DGX B200 data sheet, an eighth (180 GB; NVLink 1.8 TB/s both ways, bf16 4.5 PFLOPS "
+                "sparse); DGX B200: 400 Gb/s a GPU, 2 TB"),
+    "a100": Gpu(79.1, 2039, 312, 19.5, 300, 25, 32, 2048, 8,
                 "NVIDIA A100 80GB SXM data sheet (NVLink 600 GB/s both ways); DGX A100: 200 Gb/s a GPU, 2 TB"),
-    "l40s": Gpu(45, 864, 362, 91.6, 32, 25, 32, 1024, 8,
-                "NVIDIA L40S data sheet (48 GB, 45 GiB with ECC; no NVLink: PCIe 4.0 x16); 200 Gb/s a GPU and 1 TB are "
+    "l40s": Gpu(44.4, 864, 362, 91.6, 32, 25, 32, 1024, 8,
+                "NVIDIA L40S data sheet (48 GB, ECC on; no NVLink: PCIe 4.0 x16); 200 Gb/s a GPU and 1 TB are "
                 "assumed"),
     "cpu": Gpu(32, 20, 0.1, 0.1, 10, 1, 10, 32, 1,
                "a process with a core or two, for trying the planner where there is no GPU; measure and override"),
@@ -110,7 +111,7 @@ class ClusterConfig:
     gpus_per_node: int | None = None
     """GPUs that NVLink joins."""
     hbm_gib: float | None = None
-    """Memory of a GPU, GiB."""
+    """Memory of a GPU that torch can use, GiB."""
     hbm_gbps: float | None = None
     """Its bandwidth, GB/s (10^9 bytes a second)."""
     nvlink_gbps: float | None = None

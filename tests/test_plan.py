@@ -305,6 +305,6 @@ def test_plan_that_does_not_fit_is_refused_with_numbers(capsys: pytest.CaptureFi
     table = TablePlanConfig(rows=10**10)
     assert plan.run(replace(planned(table, gpus=8), out=None)) == 1
     printed = capsys.readouterr()
-    expected = r"error: does not fit: [\d,.]+ GiB on each of 8 GPUs, 126.9 GiB can be used of 141"
+    expected = r"error: does not fit: [\d,.]+ GiB on each of 8 GPUs, 125.8 GiB can be used of 139.8"
     assert re.search(expected, printed.err)
     assert "cluster.gpus=" in printed.out and "embedding.dtype=bfloat16" in printed.out

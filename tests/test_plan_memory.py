@@ -228,7 +228,7 @@ def test_bytes_of_a_large_table_by_hand() -> None:
     rows = 15_625_001
     assert memory.of("table") == rows * 256 * 2
     assert memory.of("table optimizer") == rows * 4
-    assert memory.limit == pytest.approx(141 * GIB * 0.9)
+    assert memory.limit == pytest.approx(139.8 * GIB * 0.9)
 
 
 def test_host_memory_of_a_cached_table() -> None:
