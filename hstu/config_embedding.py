@@ -32,8 +32,8 @@ class EmbeddingConfig:
     row-wise optimizers keep a number for each part of a row. row_wise leaves a table of few rows, which would give some
     rank none, on one rank."""
     tables: dict[str, str] = field(default_factory=dict)
-    """sharded only: ``sharding`` of single tables by name: ``item``, or that of a feature. data_parallel keeps a
-    feature's table whole on every rank."""
+    """sharded only: ``sharding`` of single tables by name: ``item``, or that of a feature (``item.genre``). data_parallel
+    keeps a feature's table whole on every rank."""
     dtype: str = "float32"
     """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA)."""
     comm_dtype: str = "float32"

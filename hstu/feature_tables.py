@@ -69,7 +69,7 @@ class FeatureTables(nn.Module):
         super().__init__()
         self.keys, self.dim, self.sharded = tuple(sizes), dim, sharded and bool(sizes)
         self.uses_torchrec = bool(sizes) and (has_torchrec() if use_torchrec is None else use_torchrec)
-        names = [_table_name(key) for key in sizes]
+        names = [table_name(key) for key in sizes]
         if len(set(names)) < len(names):
             raise ValueError(f"features {list(sizes)} give the same table name; rename one")
         self.initial: list[InitialValues] = []
@@ -89,11 +89,11 @@ class FeatureTables(nn.Module):
             raise UserError("embedding.kind=sharded: expected torchrec and fbgemm-gpu; see hstu-doctor, or take local")
         with torch.random.fork_rng(devices=[]):
             self.replicas = _PlainCollection({key: sizes[key] for key in self.whole}, self.dim)
-        tables = {_table_name(key): (size, [key]) for key, size in sizes.items() if key not in self.whole}
+        tables = {table_name(key): (size, [key]) for key, size in sizes.items() if key not in self.whole}
         self.collection = make_collection(tables, self.dim, "meta", dtype) if tables else None
         for key, size in sizes.items():
             if key in self.whole:
-                nn.init.normal_(self.replicas.embeddings[_table_name(key)].weight.detach(), std=INIT_STD)  # type: ignore[operator, union-attr]
+                nn.init.normal_(self.replicas.embeddings[table_name(key)].weight.detach(), std=INIT_STD)  # type: ignore[operator, union-attr]
             else:
                 self.initial.append(InitialValues.take(size, self.dim, _normal))
         self._register_state_dict_hook(_to_local_names)
@@ -181,19 +181,19 @@ def local_name(name: str) -> str:
 
 def _to_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key in module.whole:
-        name = f"embeddings.{_table_name(key)}.weight"
+        name = f"embeddings.{table_name(key)}.weight"
         state[f"{prefix}collection.{name}"] = state.pop(f"{prefix}replicas.{name}")
 
 
 def _from_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     for key in module.whole:
-        name = f"embeddings.{_table_name(key)}.weight"
+        name = f"embeddings.{table_name(key)}.weight"
         if f"{prefix}collection.{name}" in state:
             state[f"{prefix}replicas.{name}"] = state.pop(f"{prefix}collection.{name}")
 
 
 def _collection(sizes: dict[str, int], dim: int) -> nn.Module:
-    return make_collection({_table_name(key): (size, [key]) for key, size in sizes.items()}, dim)
+    return make_collection({table_name(key): (size, [key]) for key, size in sizes.items()}, dim)
 
 
 def make_collection(
@@ -220,14 +220,14 @@ def _normal(block: Tensor, generator: torch.Generator) -> None:
 class _PlainCollection(nn.Module):
     def __init__(self, sizes: dict[str, int], dim: int) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleDict({_table_name(key): nn.Embedding(n, dim) for key, n in sizes.items()})
+        self.embeddings = nn.ModuleDict({table_name(key): nn.Embedding(n, dim) for key, n in sizes.items()})
 
     def forward(self, features: Features) -> list[Tensor]:
         parts = features.values.split(list(features.counts))
         return [table(part) for table, part in zip(self.embeddings.values(), parts, strict=True)]
 
 
-def _table_name(key: str) -> str:
+def table_name(key: str) -> str:
     """A module name: no dots, none that torch takes for itself."""
     name = key.replace(".", "_")
     return f"{name}_" if hasattr(nn.ModuleDict(), name) else name

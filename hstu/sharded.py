@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hstu.config import Config, LossConfig
+from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
 from hstu.embedding import INIT_STD, NORM_EPS, ItemTable
 from hstu.errors import UserError
@@ -316,7 +317,7 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
                     _clear_padding(owner.collection)
         world.barrier()  # large tables take a rank its time, for which the first exchange would not wait
         collections = {f"{path}.collection": owner.collection for path, owner in owners.items()}
-        inside = tuple(f"{path}." for path in owners)
+        inside = tuple(f"{path}." for path in collections)
         model.sharded_names = [name for name, _ in model.named_parameters() if name.startswith(inside)]  # type: ignore[assignment]
         return FusedTables(dmp, collections, rule, rate, rate / config.optim.lr)
 
@@ -350,7 +351,17 @@ def table_shapes(model: nn.Module, config: Config, world: World) -> list[TableSh
             names = [c.name for c in owner.collection.embedding_configs()]
             for name, initial in zip(names, owner.initial, strict=True):
                 found.append(TableShape(name, initial.num_rows, initial.dim, (events,)))
+    _check_table_names(model, config.embedding)
     return found
+
+
+def _check_table_names(model: nn.Module, embedding: EmbeddingConfig) -> None:
+    """Raises UserError for a table of ``embedding.tables`` that the model has not."""
+    features = [key for module in model.modules() if isinstance(module, FeatureTables) for key in module.keys]
+    known = [TABLE, *features]
+    unknown = [name for name in embedding.tables if name not in known]
+    if unknown:
+        raise UserError(f"embedding.tables: {unknown[0]} is no table, expected one of {', '.join(known)}")
 
 
 def _fill(collection: Any, initial: list[InitialValues]) -> None:

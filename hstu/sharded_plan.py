@@ -20,6 +20,7 @@ from torch import nn
 from hstu.config_embedding import SHARDINGS, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
+from hstu.feature_tables import table_name
 from hstu.table_optim import Rule
 
 GIB = 2**30
@@ -154,8 +155,8 @@ def _gib(size: int) -> str:
 
 
 def sharding_of(config: EmbeddingConfig, table: str) -> str:
-    """``auto``, table_wise, row_wise or column_wise."""
-    return config.tables.get(table, config.sharding)
+    """``auto``, table_wise, row_wise or column_wise. table: its name in the collection."""
+    return {table_name(name): wanted for name, wanted in config.tables.items()}.get(table, config.sharding)
 
 
 def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int) -> list[str]:

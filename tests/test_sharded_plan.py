@@ -398,6 +398,11 @@ def test_what_cannot_go_with_sharded_tables(section, values):
         from_dict(base | {section: base[section] | values})
 
 
+def test_a_table_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="embedding.tables: genre is no table, expected one of item$"):
+        make_sharded(World(), tables={"genre": "row_wise"})
+
+
 def test_one_process_needs_no_launcher():
     model, _ = make_sharded(World())
     try:

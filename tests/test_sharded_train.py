@@ -116,7 +116,7 @@ def test_ranking_with_its_feature_tables(form, stores, tmp_path):
             run_batch_users=5, run_save_every_epochs=None)  # fmt: skip
 
 
-@pytest.mark.parametrize("features", [["parity"], ["parity", "hour_of_day"]], ids=["one", "all"])
+@pytest.mark.parametrize("features", [["item.parity"], ["item.parity", "event.hour_of_day"]], ids=["one", "all"])
 def test_feature_tables_that_stay_whole(features, stores, tmp_path):
     tables = dict.fromkeys(features, "data_parallel")
     compare(tmp_path, stores["ranking"], "ranking", [(2, "row_wise")], tables, run_batch_users=5,
