@@ -150,15 +150,41 @@ class Retrieval(Problem):
         return assessed
 
 
-class Ranking(Problem):
+class ActionProblem(Problem):
+    """What is common to rankings, whatever they hold out."""
+
+    def __init__(self, config: Config, store: SequenceStore, world: World, folder: Path) -> None:
+        super().__init__(config, store, world, folder)
+        assert config.ranking is not None
+        self.tasks, self.calibrate = config.ranking.tasks, config.ranking.calibrate
+        kinds = ranking_metrics.METRICS
+        self.metric_names = [f"{n}/{m}" for n, t in self.tasks.items() for m in kinds[t.kind]]
+        self.shown = [n for n in self.metric_names if n.rpartition("/")[2] in ("auc", "ne", "rmse")]
+
+    def higher_is_better(self, metric: str) -> bool:
+        try:
+            return ranking_metrics.higher_is_better(metric)
+        except ValueError as error:
+            raise UserError(f"run.select_metric: {error}") from None
+
+    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
+        share = self.data.share(epoch, step, self.ranks)
+        batch = share.batch.to(self.device)
+        return replace(share, batch=batch), self.model.plan(batch)
+
+    def _set_calibration(self, shifts: dict[str, float]) -> None:
+        """Of the model as it is; kept with its weights."""
+        buffer = self.model.heads.calibration
+        buffer.copy_(torch.tensor([shifts.get(name, 0.0) for name in self.tasks], dtype=buffer.dtype))
+
+
+class Ranking(ActionProblem):
     """The actions on every item."""
 
     def __init__(self, config: Config, store: SequenceStore, world: World, folder: Path) -> None:
         super().__init__(config, store, world, folder)
         assert config.ranking is not None
-        self.tasks = config.ranking.tasks
         self.progressive = config.ranking.mode == "progressive"
-        self.calibrate = config.ranking.calibrate
         if self.calibrate and config.run.selection != "validation":
             raise UserError(f"ranking.calibrate with run.selection={config.run.selection}: expected validation, whose "
                             "events it is fitted on")  # fmt: skip
@@ -176,9 +202,6 @@ class Ranking(Problem):
             self._check_select_metric()
             self.data = RankingBatches(self.ranking_data, self.split, config)
         self.model = build_model(config, store, self.ranking_data, self._priors()).to(self.device)
-        kinds = ranking_metrics.METRICS
-        self.metric_names = [f"{n}/{m}" for n, t in self.tasks.items() for m in kinds[t.kind]]
-        self.shown = [n for n in self.metric_names if n.rpartition("/")[2] in ("auc", "ne", "rmse")]
         self.predictions: ProgressivePredictions | None = None
         if self.progressive and world.is_first:
             self.predictions = ProgressivePredictions(self.ranking_data, folder / "predictions.npy", self.data.rows(0))
@@ -200,17 +223,6 @@ class Ranking(Problem):
         if self.progressive:
             return self.ranking_data.priors(self.data.rows(0), need_all=False)
         return self.ranking_data.priors(training_rows(self.store, self.split.train_end)[0])
-
-    def higher_is_better(self, metric: str) -> bool:
-        try:
-            return ranking_metrics.higher_is_better(metric)
-        except ValueError as error:
-            raise UserError(f"run.select_metric: {error}") from None
-
-    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
-        share = self.data.share(epoch, step, self.ranks)
-        batch = share.batch.to(self.device)
-        return replace(share, batch=batch), self.model.plan(batch)
 
     @torch.no_grad()
     def observe(self, batch: Any, plan: Any) -> None:
@@ -237,11 +249,6 @@ class Ranking(Problem):
             self._set_calibration(shifts)
             found = calibrated(found, shifts)
         return self.world.on_first(lambda: summarize(self.ranking_data, cast(Predictions, found)))
-
-    def _set_calibration(self, shifts: dict[str, float]) -> None:
-        """Of the model as it is; kept with its weights."""
-        buffer = self.model.heads.calibration
-        buffer.copy_(torch.tensor([shifts.get(name, 0.0) for name in self.tasks], dtype=buffer.dtype))
 
     def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
         predictions = self._predictions(self.split.test)
