@@ -92,7 +92,7 @@ class DataConfig:
     on_bad_row: str = "fail"
     """fail: stop at the first bad row; skip: count it and write it to ``rejects.csv``."""
 
-    # Past one machine (data=log)
+    # Past one machine
     shards: int | None = None
     """Write the store in so many shards, by a hash of the user, with bounded memory: for logs that do not fit into it.
     None: one store. Take at least as many as there will be ranks; a shard of 10 to 50 million events is handy."""
@@ -152,7 +152,8 @@ class DataConfig:
             value = getattr(self, name)
             _check(value is None or value >= 1, f"data.{name}", value, ">= 1 or null")
         shards = self.shards
-        _check(shards is None or self.source == "log", "data.shards", shards, "null, or data=log")
+        _check(shards is None or self.source != "synthetic", "data.shards", shards,
+               "null with data=synthetic, which is made in memory and small")  # fmt: skip
         _check(shards is None or 1 <= shards <= 65536, "data.shards", shards, "1 to 65536 or null")
         _check(self.memory_mib >= 64, "data.memory_mib", self.memory_mib, ">= 64")
         if self.split == "global-time":

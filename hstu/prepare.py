@@ -10,16 +10,12 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hstu.cli import command, run_hydra
 from hstu.config import DataConfig, build
-from hstu.data.store import SCHEMA_VERSION, SequenceStore, StoreWriter, new_store
+from hstu.data.store import SCHEMA_VERSION, SequenceStore, new_store
 from hstu.errors import UserError
-
-if TYPE_CHECKING:
-    from hstu.data.build import Built
-    from hstu.data.tables import Rejects
 
 _WHERE_ONLY = ("root", "raw", "url", "checksum", "expected", "memory_mib")
 """Fields of DataConfig that say where the data comes from and how it is worked on, not what becomes of it."""
@@ -91,16 +87,23 @@ def _finished_store(stores: Path, name: str, settings: str) -> Path | None:
 
 
 def _write(config: DataConfig, files: list[Path], path: Path, settings: str, started: float, quiet: bool) -> None:
+    from hstu.data.build import build_store
+    from hstu.data.importers import importer
+    from hstu.data.sharded_build import build_shards
     from hstu.data.sharded_store import finish_shards
     from hstu.data.sources import file_digest
+    from hstu.data.stages import Stages
     from hstu.data.tables import Rejects
 
     with new_store(path) as writer, ThreadPoolExecutor(1) as pool:
         digests: list[Future[str]] = [pool.submit(file_digest, file) for file in files]
         try:
             rejects = Rejects(writer.folder / "rejects.csv", config.on_bad_row)
-            build_columns = _build_store if config.shards is None else _build_shards
-            built, num_rows, notes = build_columns(config, files, writer, rejects, quiet)
+            raw_files = importer(config).describe(config, files)
+            if config.shards is None:
+                built = build_store(raw_files, config, writer, rejects)
+            else:
+                built = build_shards(raw_files, config, writer, rejects, Stages(quiet))
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
             if "No space left" in str(error):  # polars has no error class for it
@@ -133,41 +136,16 @@ def _write(config: DataConfig, files: list[Path], path: Path, settings: str, sta
                         "max_items",
                     )
                 },
-                "rows_read": num_rows + rejects.count,
+                "rows_read": built.num_rows + rejects.count,
                 "rejects": rejects.reasons,
                 "removed": {k: v for k, v in built.removed.items() if v},
-                "notes": _notes(config, notes),
+                "notes": _notes(config, raw_files.notes),
                 "published": _compare(config, {**counts, "users": built.num_users, "events": built.num_events}),
                 "settings_key": settings,
                 "settings": dataclasses.asdict(config),
                 "seconds": round(time.perf_counter() - started, 2),
             }
         )
-
-
-def _build_store(
-    config: DataConfig, files: list[Path], writer: StoreWriter, rejects: Rejects, quiet: bool
-) -> tuple[Built, int, list[str]]:
-    """All columns of a store: counts, good rows read, notes."""
-    from hstu.data.build import build_store
-    from hstu.data.importers import importer
-
-    log = importer(config).read(config, files, writer.work, rejects)
-    return build_store(log, config, writer, rejects), log.table.num_rows, log.notes
-
-
-def _build_shards(
-    config: DataConfig, files: list[Path], writer: StoreWriter, rejects: Rejects, quiet: bool
-) -> tuple[Built, int, list[str]]:
-    """As :func:`_build_store`, in shards."""
-    from hstu.data.importers.log import attribute_frames, plan
-    from hstu.data.sharded_build import LogFiles, build_shards
-    from hstu.data.stages import Stages
-
-    shards, layouts, notes = plan(config, files)
-    items, users = attribute_frames(config, files)
-    built, num_rows = build_shards(LogFiles(shards, layouts, items, users), config, writer, rejects, Stages(quiet))
-    return built, num_rows, notes
 
 
 def _hash_texts(texts: list[str]) -> str:

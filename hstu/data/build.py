@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hstu.data.attributes import attribute_columns
 from hstu.data.buckets import Buckets, Events
 from hstu.data.order import sort_events
 from hstu.data.store import RARE_ITEM, StoreWriter
-from hstu.data.tables import Rejects, Table, row_texts
+from hstu.data.tables import Layout, Rejects, Table, read_tables, row_texts
 from hstu.errors import UserError
 
 _CHUNK_ROWS = 1 << 19
@@ -28,28 +29,56 @@ _MAX_TABLE = 1 << 26
 """Largest raw id that is coded by a lookup table (256 MiB)."""
 
 
-@dataclass
-class RawLog:
-    """What an importer hands over."""
+@dataclass(frozen=True)
+class RowColumn:
+    """A column that follows from where a row stands in the raw files (``timestamp_estimated``).
 
-    table: Table
-    items: pl.DataFrame | None = None
-    """Item attributes, one row per item; first column ``raw_id``, unique; floating-point columns are numbers."""
-    users: pl.DataFrame | None = None
-    """User attributes, likewise."""
-    items_listed: bool = False
-    """True: ``items`` is the catalogue (MovieLens); every row of it gets an id, rated or not."""
-    items_name: str = ""
-    """File of ``items``, for messages."""
-    row_columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Further columns by global row number minus 1 (``timestamp_estimated``), float32 or int32."""
+    dtype: float32 or int32. take: its values at int64 global row numbers minus 1.
+    """
+
+    dtype: type
+    take: Callable[[np.ndarray], np.ndarray]
+
+
+Attributes = tuple[pl.DataFrame | None, pl.DataFrame | None]
+"""Of items and of users, one row each; first column ``raw_id``, unique; floating-point columns are numbers."""
+
+
+def _no_attributes(rejects: Rejects) -> Attributes:
+    return None, None
+
+
+def _no_columns(first_rows: list[int], last_row: int) -> dict[str, RowColumn]:
+    return {}
+
+
+@dataclass(frozen=True)
+class RawFiles:
+    """What an importer hands over: which files hold the log, and how they and what lies beside them are read."""
+
+    logs: list[Path]
+    layouts: list[Layout]
+    """Of each log."""
+    attributes: Callable[[Rejects], Attributes] = _no_attributes
+    """Reads the attributes."""
+    catalogue: str = ""
+    """File whose items are the catalogue (MovieLens): every one gets an id, rated or not, and no others do."""
+    row_columns: Callable[[list[int], int], dict[str, RowColumn]] = _no_columns
+    """Further columns, from the global number that precedes each log's first row, and that of the last row."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def per_second(self) -> int:
+        """Units of the column ``time`` in a second."""
+        return self.layouts[0].time.per_second
 
 
 @dataclass
 class Built:
     """Counts of :func:`build_store` for meta.json and the table."""
 
+    num_rows: int = 0
+    """Good rows read."""
     num_users: int = 0
     num_items: int = 0
     num_rated: int = 0
@@ -57,13 +86,19 @@ class Built:
     removed: dict[str, int] = field(default_factory=dict)
 
 
-def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: Rejects) -> Built:
+def build_store(raw: RawFiles, config: DataConfig, writer: StoreWriter, rejects: Rejects) -> Built:
     """Writes every column of the store but ``meta.json``."""
-    frame = log.table.scan()
+    table = read_tables(raw.logs, raw.layouts, writer.work, rejects)
+    item_attributes, user_attributes = raw.attributes(rejects)
+    frame = table.scan()
     users = _vocabulary(frame, "user")
-    items = _item_vocabulary(log, frame, rejects)
-    buckets, extra = _bucket_events(frame, users, items, log, writer)
-    built = Built()
+    items = _vocabulary(frame, "item")
+    built = Built(table.num_rows)
+    if raw.catalogue:
+        built.num_rows -= _reject_unlisted(table, items, item_attributes, raw, rejects)
+        items = listed_items(items, item_attributes)
+    row_columns = raw.row_columns(table.first_rows, table.last_row)
+    buckets, extra = _bucket_events(frame, users, items, row_columns, writer)
     if config.dedup != "none":
         built.removed["duplicates"] = filters.dedup(buckets, config.dedup)
 
@@ -79,7 +114,7 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
         user_counts, item_counts = filters.count(buckets, alive_users, alive_items)
     built.removed["minimum counts"] = total - int(user_counts.sum())
     check_left(int(user_counts.sum()), total, config)
-    if log.items_listed and config.min_item_events <= 1 and config.filter_mode == "one-pass":
+    if raw.catalogue and config.min_item_events <= 1 and config.filter_mode == "one-pass":
         vocabulary = np.ones(len(items), bool)  # films that nobody rated are candidates too
     ids, built.num_items = filters.cap_vocabulary(item_counts, vocabulary, config.max_items)
     built.num_rated = len(np.unique(ids[item_counts > 0]))
@@ -90,9 +125,9 @@ def build_store(log: RawLog, config: DataConfig, writer: StoreWriter, rejects: R
     built.num_users, built.num_events = len(chosen), int(stored.sum())
     offsets = np.concatenate([[0], np.cumsum(stored[chosen])])
     writer.save("offsets", offsets.astype(np.int64))
-    write_events(buckets, extra, alive_users, alive_items, ids, stored, log.table.per_second, config, writer)
-    write_users(log.users, to_numpy(users["raw_id"])[chosen], writer)
-    write_items(log.items, items, ids, built.num_items, writer)
+    write_events(buckets, extra, alive_users, alive_items, ids, stored, raw.per_second, config, writer)
+    write_users(user_attributes, to_numpy(users["raw_id"])[chosen], writer)
+    write_items(item_attributes, items, ids, built.num_items, writer)
     return built
 
 
@@ -138,23 +173,32 @@ def are_plain_integers(raw: pl.Series) -> bool:
     return numbers.null_count() == 0 and bool((numbers.cast(pl.String) == raw).all())
 
 
-def _item_vocabulary(log: RawLog, frame: pl.LazyFrame, rejects: Rejects) -> pl.DataFrame:
-    found = _vocabulary(frame, "item")
-    if not log.items_listed:
-        return found
-    assert log.items is not None
-    listed = log.items.select(pl.col("raw_id").alias("key"), "raw_id").sort("raw_id")
-    unknown = found.join(listed, on="key", how="anti")
-    if len(unknown):
-        rows = frame.join(unknown.lazy().select(pl.col("key").alias("item")), on="item", how="semi")
-        found_rows = [
-            (*log.table.locate(row), item)
-            for row, item in rows.select("row", "item").collect(engine="streaming").sort("row").iter_rows()
-        ]
-        texts = row_texts(found_rows[0][0], {line for _, line, _ in found_rows})
-        for file, line, item in found_rows:
-            rejects.add(file, line, f"item '{item}' is not in {log.items_name}", texts.get(line, ""))
+def listed_items(found: pl.DataFrame, catalogue: pl.DataFrame | None) -> pl.DataFrame:
+    """As :func:`vocabulary`, of all items of the catalogue. found: ``key`` and ``count`` of those that occur."""
+    assert catalogue is not None
+    listed = catalogue.select(pl.col("raw_id").alias("key"), "raw_id").sort("raw_id")
     return listed.join(found.select("key", "count"), on="key", how="left").with_columns(pl.col("count").fill_null(0))
+
+
+def _reject_unlisted(
+    table: Table, items: pl.DataFrame, catalogue: pl.DataFrame | None, raw: RawFiles, rejects: Rejects
+) -> int:
+    """Rejects the rows whose item is not in the catalogue; returns how many."""
+    assert catalogue is not None
+    unknown = items.join(catalogue, left_on="key", right_on="raw_id", how="anti").select(pl.col("key").alias("item"))
+    if len(unknown) == 0:
+        return 0
+    rows = table.scan().join(unknown.lazy(), on="item", how="semi").select("row", "item").collect(engine="streaming")
+    reject_unlisted(table.files[0], 0, rows, raw.catalogue, rejects)
+    return len(rows)
+
+
+def reject_unlisted(file: Path, before: int, rows: pl.DataFrame, catalogue: str, rejects: Rejects) -> None:
+    """Rejects ``rows`` (``row`` and ``item``) of ``file``. before: rows of the files before it."""
+    found = [(row - before, item) for row, item in rows.select("row", "item").sort("row").iter_rows()]
+    texts = row_texts(file, {line for line, _ in found})
+    for line, item in found:
+        rejects.add(file, line, f"item '{item}' is not in {catalogue}", texts.get(line, ""))
 
 
 def _codes(vocabulary: pl.DataFrame, name: str) -> pl.LazyFrame:
@@ -190,9 +234,9 @@ class Coder:
 
     def __init__(
         self, schema: pl.Schema, users: pl.DataFrame, items: pl.DataFrame, known: dict[str, pl.Series],
-        row_columns: dict[str, np.ndarray] | None = None, largest_table: int = _MAX_TABLE,
+        row_columns: dict[str, RowColumn] | None = None, largest_table: int = _MAX_TABLE,
     ) -> None:  # fmt: skip
-        """known: the values of each role that is coded (:func:`coded_roles`). row_columns: as of :class:`RawLog`.
+        """known: the values of each role that is coded (:func:`coded_roles`). row_columns: further columns.
         largest_table: largest integer id that is coded by a lookup table, which takes 4 bytes for each below it."""
         self.dtypes: dict[str, type] = {"user": np.int32, "item": np.int32, "time": np.int64, "row": np.int64}
         self.extra: dict[str, str] = {}
@@ -210,9 +254,9 @@ class Coder:
                 self._columns.append(pl.col(f"{name} code").fill_null(-1).alias(name))
         for role in _further_roles(schema):
             self._add(role, known.get(role))
-        for name, values in self.row_columns.items():
+        for name, column in self.row_columns.items():
             self.extra[name] = f"columns/{name}"
-            self.dtypes[name] = values.dtype.type
+            self.dtypes[name] = column.dtype
 
     def _add(self, role: str, known: pl.Series | None) -> None:
         self.extra[role] = "actions" if role == "action" else f"columns/{role.partition('.')[2]}"
@@ -240,8 +284,8 @@ class Coder:
         events: Events = {n: batch[n].to_numpy() for n in batch.columns}
         for name, table in self._tables.items():
             events[name] = table[np.minimum(events[name], len(table) - 1)]
-        for name, values in self.row_columns.items():
-            events[name] = values[events["row"] - 1]
+        for name, column in self.row_columns.items():
+            events[name] = column.take(events["row"] - 1)
         if events["item"].min(initial=0) < 0:  # an item outside the catalogue, already among the rejects
             listed = events["item"] >= 0
             events = {name: column[listed] for name, column in events.items()}
@@ -259,8 +303,9 @@ def coded_roles(schema: pl.Schema) -> list[str]:
 
 
 def _bucket_events(
-    frame: pl.LazyFrame, users: pl.DataFrame, items: pl.DataFrame, log: RawLog, writer: StoreWriter
-) -> tuple[Buckets, dict[str, str]]:
+    frame: pl.LazyFrame, users: pl.DataFrame, items: pl.DataFrame, row_columns: dict[str, RowColumn],
+    writer: StoreWriter,
+) -> tuple[Buckets, dict[str, str]]:  # fmt: skip
     """Codes every column to numbers and sorts the rows into buckets of users.
 
     Returns the buckets and, for each further column of them, its name in the store.
@@ -270,7 +315,7 @@ def _bucket_events(
     for role in coded_roles(schema):
         known[role] = frame.select(pl.col(role).drop_nulls().unique()).collect(engine="streaming")[role].sort()
         writer.save(feature_file(role), to_numpy(known[role]))
-    coder = Coder(schema, users, items, known, log.row_columns)
+    coder = Coder(schema, users, items, known, row_columns)
     buckets = Buckets(writer.work / "events", users["count"].to_numpy(), coder.dtypes)
     for batch in coder.coded(frame).collect_batches(chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"):
         buckets.append(coder.events(batch))

@@ -4,8 +4,8 @@ Three stages. Spill: the rows go to disk, into one part per shard by the hash of
 shard by shard, ids become numbers and the rows go into buckets of users, where duplicates are dropped. Write: the
 filters, which count over all shards, then shard by shard the ordered events.
 
-In memory stay the item vocabulary with its counts and ids, the values of coded features, the attributes of
-``data.items_file`` and ``data.users_file``, and the users of one shard. The rest is bounded by ``data.memory_mib``.
+In memory stay the item vocabulary with its counts and ids, the values of coded features, the attributes of items and
+users, and the users of one shard. The rest is bounded by ``data.memory_mib``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from hstu.config import DataConfig
 from hstu.data import filters
 from hstu.data.buckets import Buckets
 from hstu.data.build import (
+    Attributes,
     Built,
     Coder,
+    RawFiles,
+    RowColumn,
     are_plain_integers,
     check_left,
     coded_roles,
     feature_file,
+    listed_items,
+    reject_unlisted,
     to_numpy,
     vocabulary,
     write_events,
@@ -36,7 +41,7 @@ from hstu.data.sharded_store import shard_folder, share_folder
 from hstu.data.spill import Spill, Tally, part_frames
 from hstu.data.stages import Stages
 from hstu.data.store import StoreWriter
-from hstu.data.tables import Layout, Rejects, check_usable, read_parts
+from hstu.data.tables import Rejects, check_usable, read_parts
 
 SPILL_SHARE = 0.25
 """Share of the working memory for rows on their way to disk."""
@@ -45,22 +50,6 @@ EVENT_BYTES = 400
 _MIN_BUCKET_EVENTS = 1 << 16
 _LARGEST_TABLE = 1 << 22
 """Largest integer id coded by a lookup table (16 MiB)."""
-
-
-@dataclass
-class LogFiles:
-    """What a sharded preparation reads."""
-
-    files: list[Path]
-    layouts: list[Layout]
-    items: pl.DataFrame | None = None
-    """Item attributes; first column ``raw_id``."""
-    users: pl.DataFrame | None = None
-    """User attributes, likewise."""
-
-    @property
-    def per_second(self) -> int:
-        return self.layouts[0].time.per_second
 
 
 @dataclass
@@ -93,24 +82,26 @@ class Spilled:
     plain: dict[str, bool]
     """Whether the ids of users and items are all plain integers."""
     num_rows: int
+    row_columns: dict[str, RowColumn]
 
 
 def build_shards(
-    log: LogFiles, config: DataConfig, writer: StoreWriter, rejects: Rejects, stages: Stages
-) -> tuple[Built, int]:
-    """Writes the columns of every shard, and the items and features that all share; ``meta.json`` is not written.
-
-    Returns the counts and the number of good rows.
-    """
-    found = _spill_rows(log, config, writer.work, rejects, stages)
-    items = vocabulary(found.items, "item", found.plain["item"])
+    raw: RawFiles, config: DataConfig, writer: StoreWriter, rejects: Rejects, stages: Stages
+) -> Built:
+    """Writes the columns of every shard, and the items and features that all share; ``meta.json`` is not written."""
+    attributes = raw.attributes(rejects)
+    found = _spill_rows(raw, attributes[0], config, writer.work, rejects, stages)
+    if raw.catalogue:
+        items = listed_items(found.items, attributes[0])
+    else:
+        items = vocabulary(found.items, "item", found.plain["item"])
     for role, values in found.known.items():
         writer.save(feature_file(role), to_numpy(values))
     shards = [
         _code_shard(number, found, items, config, writer.work)
         for number in stages.track(range(config.shards or 1), "sorting users")
     ]
-    built = Built()
+    built = Built(found.num_rows)
     item_counts = items["count"].to_numpy()
     if config.dedup != "none":
         item_counts, built.removed["duplicates"] = _dedup(shards, config, len(items), stages)
@@ -119,34 +110,48 @@ def build_shards(
     num_left = int(item_counts.sum())
     built.removed["minimum counts"] = total - num_left
     check_left(num_left, total, config)
+    if raw.catalogue and config.min_item_events <= 1 and config.filter_mode == "one-pass":
+        vocabulary_mask = np.ones(len(items), bool)  # films that nobody rated are candidates too
     ids, built.num_items = filters.cap_vocabulary(item_counts, vocabulary_mask, config.max_items)
     built.num_rated = len(np.unique(ids[item_counts > 0]))
-    write_items(log.items, items, ids, built.num_items, writer)
+    write_items(attributes[0], items, ids, built.num_items, writer)
     for shard in stages.track(shards, "writing shards"):
-        _write_shard(shard, log, config, writer.folder, alive_items, ids, built)
+        _write_shard(shard, raw, attributes, config, writer.folder, alive_items, ids, built)
     built.removed["maximum length"] = num_left - built.num_events
-    return built, found.num_rows
+    return built
 
 
 # Spill
 
 
-def _spill_rows(log: LogFiles, config: DataConfig, work: Path, rejects: Rejects, stages: Stages) -> Spilled:
+def _spill_rows(
+    raw: RawFiles, catalogue: pl.DataFrame | None, config: DataConfig, work: Path, rejects: Rejects, stages: Stages
+) -> Spilled:
+    """catalogue: attributes of the items, which are the only ones where ``raw.catalogue`` says so."""
     assert config.shards is not None
     spill = Spill(work / "spill", config.shards, int(SPILL_SHARE * config.memory_mib * 2**20))
     schema: pl.Schema | None = None
     tallies: dict[str, Tally] = {}
     plain = {"user": True, "item": True}
-    num_rows = 0
-    files = read_parts(log.files, log.layouts, work / "spill", rejects)
-    for _ in stages.track(log.files, "reading files"):
-        parts, _ = next(files)
+    num_rows = last_row = 0
+    first_rows: list[int] = []
+    files = read_parts(raw.logs, raw.layouts, work / "spill", rejects)
+    for file in stages.track(raw.logs, "reading files"):
+        parts, last = next(files)
+        first_rows.append(last_row)
+        last_row += last
         for part in parts:
             for frame in part_frames(part):
                 rows = frame.drop("bad")
                 if schema is None:
                     schema = rows.schema
                     tallies = {role: Tally(schema[role]) for role in ("item", *coded_roles(schema))}
+                if raw.catalogue:
+                    assert catalogue is not None
+                    unlisted = rows.join(catalogue, left_on="item", right_on="raw_id", how="anti")
+                    if len(unlisted):
+                        reject_unlisted(file, first_rows[-1], unlisted, raw.catalogue, rejects)
+                        rows = rows.join(unlisted, on="row", how="anti", maintain_order="left")
                 spill.append(rows)
                 for role, tally in tallies.items():
                     tally.add(rows[role])
@@ -155,11 +160,11 @@ def _spill_rows(log: LogFiles, config: DataConfig, work: Path, rejects: Rejects,
                 num_rows += len(rows)
             part.unlink()
     spill.flush()
-    check_usable(num_rows, log.files, rejects)
+    check_usable(num_rows, raw.logs, rejects)
     assert schema is not None
     items = tallies.pop("item").result()
     known = {role: tally.result()["key"].alias(role).sort() for role, tally in tallies.items()}
-    return Spilled(spill, schema, items, known, plain, num_rows)
+    return Spilled(spill, schema, items, known, plain, num_rows, raw.row_columns(first_rows, last_row))
 
 
 # Code
@@ -172,7 +177,7 @@ def _code_shard(number: int, found: Spilled, items: pl.DataFrame, config: DataCo
     for rows in found.spill.frames(number):
         tally.add(rows["user"])
     users = vocabulary(tally.result(), "user", found.plain["user"])
-    coder = Coder(found.schema, users, items, found.known, largest_table=_LARGEST_TABLE)
+    coder = Coder(found.schema, users, items, found.known, found.row_columns, _LARGEST_TABLE)
     bucket_events = max(_MIN_BUCKET_EVENTS, config.memory_mib * 2**20 // EVENT_BYTES)
     buckets = Buckets(folder / "events", users["count"].to_numpy(), coder.dtypes, bucket_events)
     for rows in found.spill.frames(number):
@@ -245,8 +250,8 @@ def _mark_users(shards: list[ShardWork], min_user: int) -> bool:
 
 
 def _write_shard(
-    shard: ShardWork, log: LogFiles, config: DataConfig, folder: Path, alive_items: np.ndarray, ids: np.ndarray,
-    built: Built,
+    shard: ShardWork, raw: RawFiles, attributes: Attributes, config: DataConfig, folder: Path, alive_items: np.ndarray,
+    ids: np.ndarray, built: Built,
 ) -> None:  # fmt: skip
     writer = StoreWriter(shard_folder(folder, shard.number))
     writer.folder.mkdir(parents=True)
@@ -255,9 +260,9 @@ def _write_shard(
     chosen = np.flatnonzero(counts > 0)
     writer.save("offsets", np.concatenate([[0], np.cumsum(stored[chosen])]).astype(np.int64))
     write_events(
-        shard.buckets, shard.extra, shard.load("alive"), alive_items, ids, stored, log.per_second, config, writer
+        shard.buckets, shard.extra, shard.load("alive"), alive_items, ids, stored, raw.per_second, config, writer
     )
-    write_users(log.users, shard.load("raw_id")[chosen], writer)
+    write_users(attributes[1], shard.load("raw_id")[chosen], writer)
     for name in ("items", "features"):
         share_folder(folder / name, writer.folder / name)
     built.num_users += len(chosen)

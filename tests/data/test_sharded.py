@@ -289,9 +289,8 @@ def failing_config(tmp_path: Path, **values: Any) -> DataConfig:
     [
         ({"shards": 0}, "data.shards=0: expected 1 to 65536 or null"),
         ({"shards": 2, "memory_mib": 8}, "data.memory_mib=8: expected >= 64"),
-        ({"shards": 2, "source": "amazon-2014"}, "data.shards=2: expected null, or data=log"),
     ],
-    ids=["no shard", "no memory", "another source"],
+    ids=["no shard", "no memory"],
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

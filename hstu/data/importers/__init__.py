@@ -1,4 +1,4 @@
-"""One importer per kind of raw data. Each finds its files (``files``) and reads them (``read``) into a RawLog."""
+"""One importer per kind of raw data. Each finds its files (``files``) and says how they are read (``describe``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MODULES = {
 
 
 def importer(config: DataConfig) -> ModuleType:
-    """The module of ``data.source``: ``files(config, raw) -> list[Path]``, ``read(config, files, work, rejects)``."""
+    """The module of ``data.source``: ``files(config, raw) -> list[Path]``, ``describe(config, files) -> RawFiles``."""
     return importlib.import_module(f"hstu.data.importers.{_MODULES[config.source]}")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from hstu.config import DataConfig
-from hstu.data.build import RawLog
+from hstu.data.build import RawFiles
 from hstu.data.fields import Field, TimeFormat
 from hstu.data.importers import find_in_folder
-from hstu.data.tables import Layout, Rejects, read_tables
+from hstu.data.tables import Layout
 from hstu.errors import UserError
 
 EXPORT = "interactions.csv"
@@ -27,7 +27,7 @@ def files(config: DataConfig, raw: list[Path]) -> list[Path]:
     raise UserError(f"no {name} in {raw[0]}: fetch it from {config.url}, or give data.raw=PATH/{name}")
 
 
-def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
+def describe(config: DataConfig, paths: list[Path]) -> RawFiles:
     user, item = Field("user", "id", "user", 0), Field("item", "id", "item", 1)
     with open(paths[0], "rb") as file:
         export = file.readline().strip() == EXPORT_HEADER
@@ -36,4 +36,4 @@ def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) ->
     else:
         fields = (user, item, Field("action", "float", "rating", 2), Field("time", "time", "timestamp", 3))
     layout = Layout("csv", fields, TimeFormat(), ",", len(fields), header=export, quote=False)
-    return RawLog(read_tables(paths, [layout], work, rejects))
+    return RawFiles(paths, [layout])

@@ -17,10 +17,10 @@ import polars as pl
 
 from hstu.config import DataConfig
 from hstu.data.attributes import read_attributes
-from hstu.data.build import RawLog
+from hstu.data.build import Attributes, RawFiles, RowColumn
 from hstu.data.fields import Field, TimeFormat
 from hstu.data.sources import unpacked
-from hstu.data.tables import Layout, Rejects, read_tables
+from hstu.data.tables import Layout, Rejects
 from hstu.errors import UserError
 
 FLAGS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
@@ -110,28 +110,30 @@ def _check_version(paths: list[Path]) -> None:
         raise UserError(f"{names} belong to different versions of KuaiRand, whose ids differ: give one with data.raw")
 
 
-def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
+def describe(config: DataConfig, paths: list[Path]) -> RawFiles:
     logs = [p for p in paths if _LOG.fullmatch(p.name)]
-    table = read_tables(logs, [_layout(p) for p in logs], work, rejects)
-    log = RawLog(table)
-    for path in paths:
-        if _is_features(path, "user_features"):
-            log.users = _read_features(path, "user_id", USER_CATEGORIES, USER_NUMBERS)
-        if _is_features(path, "video_features_basic"):
-            log.items = _read_features(path, "video_id", VIDEO_CATEGORIES, VIDEO_NUMBERS)
-            log.items = log.items.with_columns(pl.col("tag").str.replace_all(",", "|"))
-    for name, there in (("user_features", log.users), ("video_features_basic", log.items)):
-        if there is None:
-            log.notes.append(f"without attributes from {name}")
-    if config.random_log:
-        log.row_columns["is_rand"] = _random_rows(logs, table.first_rows, table.last_row)
-    return log
+    users = next((p for p in paths if _is_features(p, "user_features")), None)
+    videos = next((p for p in paths if _is_features(p, "video_features_basic")), None)
+
+    def attributes(rejects: Rejects) -> Attributes:
+        of_users = None if users is None else _read_features(users, "user_id", USER_CATEGORIES, USER_NUMBERS)
+        if videos is None:
+            return None, of_users
+        of_videos = _read_features(videos, "video_id", VIDEO_CATEGORIES, VIDEO_NUMBERS)
+        return of_videos.with_columns(pl.col("tag").str.replace_all(",", "|")), of_users
+
+    def row_columns(first_rows: list[int], last_row: int) -> dict[str, RowColumn]:
+        return {"is_rand": _random_rows(logs, first_rows)} if config.random_log else {}
+
+    missing = [name for name, path in (("user_features", users), ("video_features_basic", videos)) if path is None]
+    notes = [f"without attributes from {name}" for name in missing]
+    return RawFiles(logs, [_layout(p) for p in logs], attributes, row_columns=row_columns, notes=notes)
 
 
-def _random_rows(logs: list[Path], first_rows: list[int], last_row: int) -> np.ndarray:
-    """[rows] int32. 1 where the row of the raw files is a random exposure."""
+def _random_rows(logs: list[Path], first_rows: list[int]) -> RowColumn:
+    """int32. 1 where the row of the raw files is a random exposure."""
     flags = np.array([_match(p)["kind"] == "random" for p in logs], np.int32)
-    return np.repeat(flags, np.diff([*first_rows, last_row]))
+    return RowColumn(np.int32, lambda rows: flags[np.searchsorted(first_rows, rows, side="right") - 1])
 
 
 def _layout(path: Path) -> Layout:

@@ -14,10 +14,10 @@ import polars as pl
 
 from hstu.config import DataConfig
 from hstu.data.attributes import read_attributes
-from hstu.data.build import RawLog
+from hstu.data.build import RawFiles
 from hstu.data.fields import Field, TimeFormat, find_time_format
 from hstu.data.sources import unpacked
-from hstu.data.tables import Layout, Rejects, json_text, read_tables
+from hstu.data.tables import Layout, json_text
 from hstu.errors import UserError
 
 FORMATS = {
@@ -66,11 +66,9 @@ def _in_folder(folder: Path, config: DataConfig) -> list[Path]:
     return found
 
 
-def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
+def describe(config: DataConfig, paths: list[Path]) -> RawFiles:
     shards, layouts, notes = plan(config, paths)
-    log = RawLog(read_tables(shards, layouts, work, rejects), notes=notes)
-    log.items, log.users = attribute_frames(config, paths)
-    return log
+    return RawFiles(shards, layouts, lambda rejects: attribute_frames(config, paths), notes=notes)
 
 
 def plan(config: DataConfig, paths: list[Path]) -> tuple[list[Path], list[Layout], list[str]]:

@@ -12,10 +12,11 @@ import numpy as np
 import polars as pl
 
 from hstu.config import DataConfig
-from hstu.data.build import RawLog
+from hstu.data.build import Attributes, RawFiles, RowColumn
 from hstu.data.fields import Field, TimeFormat
 from hstu.data.importers import find_in_folder
-from hstu.data.tables import Layout, Rejects, read_tables
+from hstu.data.store import map_column
+from hstu.data.tables import Layout, Rejects
 from hstu.errors import UserError
 
 ESTIMATED = "timestamp_estimated.npy"
@@ -65,7 +66,7 @@ def files(config: DataConfig, raw: list[Path]) -> list[Path]:
     return [*found, *(path for path in optional if path.is_file())]
 
 
-def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) -> RawLog:
+def describe(config: DataConfig, paths: list[Path]) -> RawFiles:
     form = FORMATS[config.source]
     if form.header:
         _check_header(paths[0], COLUMNS)
@@ -74,26 +75,30 @@ def read(config: DataConfig, paths: list[Path], work: Path, rejects: Rejects) ->
         Field(role, kind, name, i) for i, ((role, kind), name) in enumerate(zip(kinds, COLUMNS, strict=True))
     )
     layout = Layout("csv", fields, TimeFormat(), form.separator, len(COLUMNS), form.header, quote=False)
-    table = read_tables(paths[:1], [layout], work, rejects)
-    log = RawLog(table, _read_movies(paths[1], form, rejects), items_listed=True, items_name=paths[1].name)
-    for path in paths[2:]:
-        if path.name == ESTIMATED:
-            _add_flags(log, path)
-        else:
-            log.users = _read_users(path, form, rejects)
-    return log
+    movies, *others = paths[1:]
+    users = next((p for p in others if p.name != ESTIMATED), None)
+    estimated = next((p for p in others if p.name == ESTIMATED), None)
+    flags = None if estimated is None else _read_flags(estimated)
+
+    def attributes(rejects: Rejects) -> Attributes:
+        return _read_movies(movies, form, rejects), None if users is None else _read_users(users, form, rejects)
+
+    def row_columns(first_rows: list[int], last_row: int) -> dict[str, RowColumn]:
+        if flags is None:
+            return {}
+        if flags.ndim != 1 or len(flags) < last_row:
+            raise UserError(f"{estimated} has shape {flags.shape}, expected one flag for each of {last_row} ratings")
+        return {"timestamp_estimated": RowColumn(np.int32, flags.__getitem__)}
+
+    notes = [] if flags is None else [f"{100 * flags.mean():.1f} % of the timestamps estimated"]
+    return RawFiles(paths[:1], [layout], attributes, movies.name, row_columns, notes)
 
 
-def _add_flags(log: RawLog, path: Path) -> None:
+def _read_flags(path: Path) -> np.ndarray:
     try:
-        flags = np.load(path)
+        return map_column(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): mend or remove it") from None
-    last_row = log.table.last_row
-    if flags.ndim != 1 or len(flags) < last_row:
-        raise UserError(f"{path} has shape {flags.shape}, expected one flag for each of {last_row} ratings")
-    log.row_columns["timestamp_estimated"] = flags.astype(np.int32)
-    log.notes.append(f"{100 * flags.mean():.1f} % of the timestamps estimated")
 
 
 def _check_header(path: Path, names: tuple[str, ...]) -> None:
