@@ -437,9 +437,6 @@ class Config:
             decay = self.optim.table_weight_decay or 0.0
             _check(decay == 0.0, "optim.table_weight_decay", decay,
                    f"0 or null with embedding.optimizer={self.embedding.optimizer}, which has no decay")  # fmt: skip
-        if self.embedding.ids == "managed":
-            _check(self.ranking is None, "ranking", "a ranking model",
-                   "none with embedding.ids=managed, whose rows follow the items of retrieval; take hash")  # fmt: skip
         if self.model.similarity == "mixture_of_logits":
             beside = "with model.similarity=mixture_of_logits"
             _check(self.ranking is None, "ranking", "a ranking model", f"none {beside}, which retrieves items")

@@ -350,7 +350,7 @@ def evaluate_run(options: dict[str, Any], world: World | None = None) -> Evaluat
     """
     from hstu.runs import agree_on_run
     from hstu.train import load_run
-    from hstu.vocabulary import unknown_shares
+    from hstu.vocabulary import unknown_shares, unknown_text
 
     world = world or World(device=run_device(options["device"]))
     run = Path(str(options["run"])).expanduser()
@@ -377,8 +377,7 @@ def evaluate_run(options: dict[str, Any], world: World | None = None) -> Evaluat
         console = Console()
         show(evaluation, config, store, part, console)
         if unknown:
-            console.print("without a row of their own: {oov_inputs:.1%} of the inputs, {oov_labels:.1%} of the items "
-                          "asked for".format(**unknown))  # fmt: skip
+            console.print(unknown_text(unknown))
         usual = part == "test" and options["which"] == "best" and config.eval == trained_eval
         # evaluation.json stays what the training wrote: the best checkpoint on test with the run's own options
         path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")

@@ -40,11 +40,11 @@ ITEMS_AT_ONCE = 1 << 20
 def check_vectors(model: Any) -> None:
     """Raises UserError where a score is no dot product of one vector of the user and one of the item."""
     from hstu.model.mixture import MixtureTable
+    from hstu.model.ranking import RankingModel
 
-    table = getattr(model, "table", None)
-    if table is None:
+    if isinstance(model, RankingModel):
         raise UserError("a ranking run has no item vectors that are scored: take format=[safetensors]")
-    if isinstance(table, MixtureTable):
+    if isinstance(model.table, MixtureTable):
         raise UserError(
             "with model.similarity=mixture_of_logits a score is no dot product of two vectors, so that an index cannot "
             "find the best items: take format=[safetensors]"

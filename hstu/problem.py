@@ -40,7 +40,7 @@ from hstu.ranking_evaluate import (
     undefined_metrics,
 )
 from hstu.seeding import derive, seed_everything
-from hstu.vocabulary import unknown_shares
+from hstu.vocabulary import unknown_shares, unknown_shares_of_events
 
 if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
@@ -86,7 +86,7 @@ class Problem(ABC):
         return True
 
     def observe(self, batch: Any, plan: Any) -> None:  # noqa: B027 (most problems do nothing here)
-        """Called with each batch before it is trained on."""
+        """Called with the batches of a step before it begins."""
 
     @abstractmethod
     def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
@@ -248,7 +248,14 @@ class Ranking(ActionProblem):
             shifts = intercepts(self.ranking_data, found)
             self._set_calibration(shifts)
             found = calibrated(found, shifts)
-        return self.world.on_first(lambda: summarize(self.ranking_data, cast(Predictions, found)))
+
+        def summarized() -> dict[str, float]:
+            unknown = {}
+            if not self.progressive:  # whose predictions were made on the way
+                unknown = unknown_shares_of_events(self.model, self.ranking_data, self.config, self.targets)
+            return {**summarize(self.ranking_data, cast(Predictions, found)), **unknown}
+
+        return self.world.on_first(summarized)
 
     def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
         predictions = self._predictions(self.split.test)

@@ -312,6 +312,8 @@ def evaluate_ranking_run(
 
     Raises UserError for a progressive run, whose predictions were made while it trained, and for options of retrieval.
     """
+    from hstu.vocabulary import unknown_shares_of_events, unknown_text
+
     assert config.ranking is not None
     world = world or World(device=run_device(options["device"]))
     if config.ranking.mode == "progressive":
@@ -326,7 +328,8 @@ def evaluate_ranking_run(
     agree_on_run(world, config, store)
     which, part = options["which"], options["split"]
     split = make_event_split(store, config.run.selection)
-    predictions = predict(model.to(world.device), data, config, split_targets(split, part), world.device, world)
+    targets = split_targets(split, part)
+    predictions = predict(model.to(world.device), data, config, targets, world.device, world)
 
     def assessed() -> dict[str, Any]:
         from rich.console import Console
@@ -334,7 +337,8 @@ def evaluate_ranking_run(
         usual = part == "test" and which == "best" and config.eval == trained_eval
         suffix = "" if usual else f"-{part}-{which}"
         evaluation = assess_ranking(config, data, split, predictions, part, which, run, suffix)
-        evaluation["seconds"] = time.perf_counter() - started
+        unknown = unknown_shares_of_events(model, data, config, targets)
+        evaluation |= unknown | {"seconds": time.perf_counter() - started}
         model_row, *others = evaluation["rows"]
         columns: dict[str, Any] = {config.model.name: model_row["metrics"]}
         if model_row["intervals"]:
@@ -344,6 +348,8 @@ def evaluate_ranking_run(
         console.print(ranking_table(evaluation, columns))
         if note := undefined_note(evaluation):
             console.print(note, soft_wrap=True, highlight=False)
+        if unknown:
+            console.print(unknown_text(unknown))
         path = run / f"evaluation{suffix}.json"
         report.write_json(path, evaluation)
         seconds = f"{evaluation['seconds']:.1f} s"

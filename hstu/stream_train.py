@@ -168,6 +168,7 @@ class StreamTrainer(Trainer):
         self._log(values, kind="next day", day=label)
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in self.problem.shown if name in values)
         self.display.say(f"{label}  before training on it: {shown or 'no event that follows another'}")
+        self._say_state(values)
 
     def _end_epoch(self) -> None:
         progress = self.progress

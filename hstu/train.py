@@ -268,10 +268,11 @@ class Trainer:
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, self._rate())  # sharded tables move in the backward
             optimizer.zero_grad(set_to_none=True)
+        for share, plan in step_input.parts:
+            self.problem.observe(share.batch, plan)
         self.vocabulary.begin_step([share.batch for share, _ in step_input.parts], self.optimizers, self.average)
         total = 0.0 if self.pipeline is None else float(self.pipeline.progress()) / self.world.size
         for index, (share, plan) in enumerate(step_input.parts if self.pipeline is None else ()):
-            self.problem.observe(share.batch, plan)
             part = share.num_events / step_input.num_events
             is_last = index == len(step_input.parts) - 1
             with contextlib.nullcontext() if is_last else self.engine.local():
@@ -439,8 +440,13 @@ class Trainer:
         self._log({**epoch, **values, **saved}, kind=part)
         shown = [n for n in dict.fromkeys([name, *self.problem.shown]) if n in values]
         self.display.validation(progress.epoch, epoch, part, {n: values[n] for n in shown}, improved, saved)
+        self._say_state(values)
         if improved:
             self.saver.save_best(checkpoint.State(model_state(self.model), {"progress": dataclasses.asdict(progress)}))
+
+    def _say_state(self, values: dict[str, float]) -> None:
+        for line in self.vocabulary.state(values) if self.world.is_first else ():
+            self.display.say(line)
 
 
 def train(config: Config, display: Display | None = None, world: World | None = None) -> Path:

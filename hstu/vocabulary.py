@@ -5,7 +5,7 @@ Legend: n rows, D width, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.baselines import expand
+from hstu.data.ranking_batches import sequence_rows, take, target_sequences
 from hstu.distributed import World
 from hstu.embedding import ItemTable, LocalItemTable, initial_rows
 from hstu.item_rows import UNKNOWN, HashedRows, ItemRows, ManagedRows, MappedTable
@@ -20,7 +21,10 @@ from hstu.optim import WeightAverage
 from hstu.seeding import derive
 
 if TYPE_CHECKING:
+    from hstu.config import Config
     from hstu.data.batches import Batch
+    from hstu.data.ranking import RankingData
+    from hstu.data.ranking_batches import RankingBatch
     from hstu.data.splits import Targets
     from hstu.data.store import SequenceStore
 
@@ -40,18 +44,22 @@ class Vocabulary:
 
     @torch.no_grad()
     def begin_step(
-        self, batches: Sequence[Batch], optimizers: Sequence[torch.optim.Optimizer], average: WeightAverage | None
+        self,
+        batches: Sequence[Batch | RankingBatch],
+        optimizers: Sequence[torch.optim.Optimizer],
+        average: WeightAverage | None,
     ) -> None:
         """Before a step on ``batches`` of this rank: takes their ids in, and starts anew the rows given to other items.
 
-        What the step predicts counts (positions of weight 0 predict nothing): every event once a pass over the log.
-        What it reads would count old events again with every new one of their user, and keep the rows of what is gone.
+        What the step predicts counts (positions of weight 0 predict nothing; of a ranking model the items of predicted
+        events): every event once a pass over the log. What it reads would count old events again with every new one of
+        their user, and keep the rows of what is gone.
         """
         rows = self.item_rows
         if not isinstance(rows, ManagedRows):
             return
         inputs = torch.cat([batch.item_ids for batch in batches])
-        labels = torch.cat([b.labels if b.weights is None else b.labels[b.weights != 0] for b in batches])
+        labels = torch.cat([batch.predicted_items for batch in batches])
         taken = rows.take_in(self.world.gather(labels))
         if len(taken):
             seed = derive(self.seed, RESET_SEED, int(rows.step))
@@ -72,6 +80,14 @@ class Vocabulary:
             "evictions": int(self.item_rows.evicted),
         }
 
+    def state(self, values: dict[str, float]) -> list[str]:
+        """Said at a validation. values: what it found, with :func:`unknown_shares` where they are known."""
+        rows = self.item_rows
+        if not isinstance(rows, ManagedRows):
+            return []
+        line = f"{rows.num_known:,} of {rows.num_rows - 1:,} rows given, {int(rows.evicted):,} items have lost theirs"
+        return [f"{line}; {unknown_text(values)}" if "oov_labels" in values else line]
+
     def notes(self) -> list[str]:
         """Said at the start."""
         rows = self.item_rows
@@ -89,6 +105,12 @@ class Vocabulary:
         return []
 
 
+def unknown_text(shares: dict[str, float]) -> str:
+    """shares: as of :func:`unknown_shares`."""
+    found = "without a row of their own: {oov_inputs:.1%} of the inputs, {oov_labels:.1%} of the items asked for"
+    return found.format(**shares)
+
+
 def num_unknown(rows: ItemRows, ids: Tensor) -> int:
     """Ids without a row of their own. A hash has a row for every item."""
     return int((rows.rows(ids) == UNKNOWN).sum()) if isinstance(rows, ManagedRows) else 0
@@ -97,21 +119,43 @@ def num_unknown(rows: ItemRows, ids: Tensor) -> int:
 def unknown_shares(model: nn.Module, store: SequenceStore, targets: Targets, max_len: int) -> dict[str, float]:
     """Shares without a row, as of :meth:`Vocabulary.report`, of what an evaluation of ``targets`` reads and asks for;
     {} where every item has a row."""
+    offsets = np.asarray(store.offsets)
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(targets), _USERS):
+            users, ends = targets.users[start : start + _USERS], np.asarray(targets.rows[start : start + _USERS])
+            yield expand(np.maximum(offsets[users], ends - max_len), ends)[0], ends
+
+    return _shares(model, store, parts())
+
+
+def unknown_shares_of_events(model: nn.Module, data: RankingData, config: Config, targets: Targets) -> dict[str, float]:
+    """As :func:`unknown_shares`, of a ranking model that predicts the events ``targets``."""
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        sequences = target_sequences(data, config, np.asarray(targets.rows))
+        for start in range(0, len(sequences), _USERS):
+            part = take(sequences, slice(start, start + _USERS))
+            rows, owner = sequence_rows(part)
+            yield rows, rows[rows >= part.split[owner]]
+
+    return _shares(model, data.store, parts())
+
+
+def _shares(
+    model: nn.Module, store: SequenceStore, parts: Iterator[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, float]:  # fmt: skip
+    """Of event rows that are read and that are asked for, part by part."""
     rows = model.table.item_rows if isinstance(model.table, MappedTable) else None
     if not isinstance(rows, ManagedRows):
         return {}
-    item_ids, offsets, device = store.item_ids, np.asarray(store.offsets), rows.waiting.device
-    counts = np.zeros(4, np.int64)
-
-    def count(place: int, ids: np.ndarray) -> None:
-        found = torch.from_numpy(np.asarray(ids, np.int64)).to(device)
-        counts[place : place + 2] += (len(ids), num_unknown(rows, found))
-
-    for start in range(0, len(targets), _USERS):
-        users, ends = targets.users[start : start + _USERS], np.asarray(targets.rows[start : start + _USERS])
-        count(0, item_ids[expand(np.maximum(offsets[users], ends - max_len), ends)[0]])
-        count(2, item_ids[ends])
-    return {"oov_inputs": counts[1] / max(1, counts[0]), "oov_labels": counts[3] / max(1, counts[2])}
+    counts = np.zeros((2, 2), np.int64)
+    for part in parts:
+        for place, events in enumerate(part):
+            ids = torch.from_numpy(np.asarray(store.item_ids[events], np.int64)).to(rows.waiting.device)
+            counts[place] += (len(ids), num_unknown(rows, ids))
+    shares = counts[:, 1] / np.maximum(1, counts[:, 0])
+    return {"oov_inputs": float(shares[0]), "oov_labels": float(shares[1])}
 
 
 @torch.no_grad()

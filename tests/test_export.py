@@ -111,6 +111,3 @@ def test_what_cannot_be_exported_is_one_clear_line(run, tmp_path, monkeypatch):
             with pytest.raises(UserError, match="pip install"):
                 export.export_run(options(folder, tmp_path / "out", format=[name]))
     assert not (tmp_path / "out" / "items.parquet").exists()
-    del model.table
-    with pytest.raises(UserError, match="a ranking run has no item vectors"):
-        export.export_run(options(folder, tmp_path / "out"))

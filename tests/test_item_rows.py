@@ -268,7 +268,7 @@ def scored_on_ranks(kind: str) -> tuple[list[float], list[list[int]], list[list[
     vocabulary = Vocabulary(model, 0, world)
     mine = slice(world.rank, None, world.size)
     for step in torch.tensor([[3, 4, 9, 20], [3, 9, 2, 9], [8, 8, 8, 2]]):
-        batch: Any = SimpleNamespace(item_ids=step[mine], labels=step[mine], weights=None)
+        batch: Any = SimpleNamespace(item_ids=step[mine], predicted_items=step[mine])
         vocabulary.begin_step([batch], [], None)
     queries = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([3, 9, 1, 20])

@@ -74,6 +74,11 @@ class Batch:
     def num_events(self) -> int:
         return int(self.item_ids.shape[0])
 
+    @property
+    def predicted_items(self) -> Tensor:
+        """[n] int64. Labels of the positions that count."""
+        return self.labels if self.weights is None else self.labels[self.weights != 0]
+
 
 class JoinedRows:
     """A column of a sharded store; gives the rows that are asked for as a tensor."""

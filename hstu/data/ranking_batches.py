@@ -112,6 +112,11 @@ class RankingBatch:
         """Predicted events."""
         return int(self.targets.shape[0])
 
+    @property
+    def predicted_items(self) -> Tensor:
+        """[T] int64. Items of the predicted events."""
+        return self.item_ids[self.targets]
+
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
