@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hstu.errors import check
 
@@ -15,9 +15,10 @@ class StreamConfig:
     """Length of a day in seconds; days begin at multiples of it since 1970 (UTC)."""
     days: int | None = None
     """Stop after so many days; None: after the last one."""
-    eval_users: int = 10_000
-    """Each day is evaluated, before it is trained on, on the first event of so many of its users, drawn at random; 0:
-    of all."""
+    eval_users: int | None = None
+    """Each day is evaluated, before it is trained on, on so many of its users, drawn at random: retrieval on the first
+    event of each who has one before the day, ranking on all their events. 0: all users. None: 10,000 for retrieval,
+    which ranks the whole catalogue for each, and all for ranking."""
     lr_decay: float = 1.0
     """Every day the learning rate of the dense part is multiplied by this."""
     table_lr_decay: float = 1.0
@@ -37,7 +38,8 @@ class StreamConfig:
     def __post_init__(self) -> None:
         check(self.day_s >= 1, "stream.day_s", self.day_s, ">= 1")
         check(self.days is None or self.days >= 1, "stream.days", self.days, ">= 1 or null")
-        check(self.eval_users >= 0, "stream.eval_users", self.eval_users, ">= 0")
+        eval_users = self.eval_users
+        check(eval_users is None or eval_users >= 0, "stream.eval_users", eval_users, ">= 0 or null")
         for name in ("lr_decay", "table_lr_decay"):
             check(0 < getattr(self, name) <= 1, f"stream.{name}", getattr(self, name), "in (0, 1]")
         check(0 <= self.min_lr_fraction <= 1, "stream.min_lr_fraction", self.min_lr_fraction, "in [0, 1]")
@@ -47,6 +49,12 @@ class StreamConfig:
         check(self.watch is None or self.day_s == 86_400, "stream.day_s", self.day_s,
               "86400 with stream.watch, whose files carry dates")  # fmt: skip
 
+    def settled(self, ranking: bool) -> StreamConfig:
+        """With the number of users that ``eval_users=None`` stands for."""
+        usual = ALL_USERS if ranking else RETRIEVAL_EVAL_USERS
+        return replace(self, eval_users=usual if self.eval_users is None else self.eval_users)
 
+
+ALL_USERS, RETRIEVAL_EVAL_USERS = 0, 10_000
 FREE_ON_RESUME = ("days", "settle_s", "timeout_s")
 """Fields that may differ between a run and its continuation."""

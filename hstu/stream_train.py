@@ -13,95 +13,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
-from hstu import checkpoint, metrics, report
+from hstu import checkpoint, report
 from hstu.allocator import keep_freed_memory
 from hstu.checkpoint_state import model_state
 from hstu.cli import command
 from hstu.config import Config, DataConfig, build, from_dict
 from hstu.config_stream import FREE_ON_RESUME, StreamConfig
-from hstu.data.days import SAMPLE_SEED, Day, DayBatches, Days, StoreDays
-from hstu.data.splits import Split, Targets
+from hstu.data.days import Days, StoreDays
 from hstu.distributed import World
 from hstu.errors import UserError, check
-from hstu.evaluate import evaluate, run_device, with_history
-from hstu.problem import Problem, build_model
+from hstu.evaluate import run_device
+from hstu.problem import Problem
 from hstu.progress import Display
 from hstu.runs import note_store, open_store, run_folder
-from hstu.seeding import derive
+from hstu.stream_problem import DayProblem, make_stream_problem
+from hstu.stream_report import read_days, write_result
 from hstu.train import Interrupted, Trainer, run_composed
-from hstu.vocabulary import unknown_shares
-
-if TYPE_CHECKING:
-    from hstu.data.share import Share
 
 NOT_WATCHED = (
     "items_file", "users_file", "min_user_events", "min_item_events", "dedup", "max_events", "max_items", "shards",
 )  # fmt: skip
 """Options of ``data`` that need the whole log."""
-
-
-class StreamRetrieval(Problem):
-    """The next item at every event, an epoch being a day."""
-
-    def __init__(self, config: Config, stream: StreamConfig, days: Days, world: World, folder: Path) -> None:
-        super().__init__(config, days.store, world, folder)
-        self.days, self.stream = days, stream
-        nothing = Targets(np.empty(0, np.int64), np.empty(0, np.int64))
-        self.split = Split(np.asarray(days.store.offsets[1:]), None, nothing)
-        self.data = DayBatches(
-            days, config.model.max_len, config.seed, config.run.batch_users, config.run.batch_tokens,
-            config.loss.event_weights, self.device,
-        )  # fmt: skip
-        self.model = build_model(config, days.store).to(self.device)
-        self.metric_names = metrics.metric_names(config.eval.ks)
-        self.shown = ["hr@10", "ndcg@10", "mrr"]
-        self.day: tuple[int, Day] | None = None
-
-    @property
-    def part(self) -> str:
-        return "next day"
-
-    def input(self, epoch: int, step: int) -> tuple[Share[Any], Any]:
-        share = self.data.share(epoch, step, self.ranks)
-        return share, self.model.encoder.plan(share.batch)
-
-    def open(self, index: int, stopped: Callable[[], bool]) -> Day | None:
-        """The day at place ``index``, as of :meth:`Days.open`; from now on :meth:`validate` is about it."""
-        if self.day is None or self.day[0] != index:
-            found = self.days.open(index, stopped)
-            if found is None:
-                return None
-            self.day = index, found
-        return self.day[1]
-
-    def validate(self) -> dict[str, float]:
-        """Metrics of the model as it is on the day, and ``targets``, how many events they are about; {} where no user
-        of the day has an event before it."""
-        assert self.day is not None
-        index, day = self.day
-        targets = day.targets(self.stream.eval_users, derive(self.config.seed, SAMPLE_SEED, index))
-        kept, _ = with_history(day.store, targets)
-        if len(kept) == 0:
-            return {}
-        result = evaluate(self.model, day.store, kept, self.config, self.device, self.world)
-
-        def summarized() -> dict[str, float]:
-            unknown = unknown_shares(self.model, day.store, kept, self.config.model.max_len)
-            return {**metrics.summarize(result.ranks, self.config.eval.ks), **unknown, "targets": len(result)}
-
-        return self.world.on_first(summarized)
-
-    def finish(self) -> Callable[[], tuple[dict[str, Any], dict[str, float], int]]:
-        raise RuntimeError("a stream holds nothing out at its end: its numbers are those of the days")
 
 
 class StreamTrainer(Trainer):
@@ -111,10 +50,12 @@ class StreamTrainer(Trainer):
                  world: World) -> None:  # fmt: skip
         self.stream, self.days = stream, days
         super().__init__(config, days.store, folder, display, world)
+        assert isinstance(self.problem, DayProblem)
+        self.problem.recall(self.world.on_first(lambda: read_days(folder)))
         self.progress.finished = False  # stream.days may have been raised, or further days have come
 
     def _make_problem(self) -> Problem:
-        return StreamRetrieval(self.config, self.stream, self.days, self.world, self.folder)
+        return make_stream_problem(self.config, self.stream, self.days, self.world, self.folder)
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         """As in any training, with the tables in groups of their own."""
@@ -144,7 +85,7 @@ class StreamTrainer(Trainer):
                 group["lr_factor"] = group["first_factor"] * (factor if group["is_table"] else 1.0)
 
     def _epoch(self) -> None:
-        assert isinstance(self.problem, StreamRetrieval)
+        assert isinstance(self.problem, DayProblem)
         epoch, limit = self.progress.epoch, self.stream.days
         day = None if limit is not None and epoch >= limit else self.problem.open(epoch, self._is_stopped)
         if day is None:
@@ -162,22 +103,23 @@ class StreamTrainer(Trainer):
         return self.stopping is not None
 
     def _validate_weights(self, epoch: dict[str, float]) -> None:
-        assert isinstance(self.problem, StreamRetrieval) and self.problem.day is not None
+        assert isinstance(self.problem, DayProblem) and self.problem.day is not None
         values = self.problem.validate()
         label = self.problem.day[1].label
-        self._log(values, kind="next day", day=label)
-        shown = "  ".join(f"{name} {values[name]:.4f}" for name in self.problem.shown if name in values)
+        self._log(values, kind="next day", day=label, **self.problem.beside())
+        known = {name: values[name] for name in self.problem.shown if not math.isnan(values.get(name, math.nan))}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in known.items())
         self.display.say(f"{label}  before training on it: {shown or 'no event that follows another'}")
         self._say_state(values)
 
     def _end_epoch(self) -> None:
         progress = self.progress
-        assert isinstance(self.problem, StreamRetrieval) and self.problem.day is not None
+        assert isinstance(self.problem, DayProblem) and self.problem.day is not None
         self._check_parameters()
         day, loss = self.problem.day[1], progress.loss_sum / max(1, progress.loss_events)
         found = {"train_loss": loss, "trained": progress.loss_events, "events": day.num_events, "users": day.num_users}
         uneven = {"imbalance": progress.imbalance_sum / max(1, progress.step)} if self.world.size > 1 else {}
-        self._log({**found, "lr": self._rate(), **uneven}, kind="day", day=day.label)
+        self._log({**found, "lr": self._rate(), **uneven}, kind="day", day=day.label, **self.problem.end_day())
         self.display.say(f"{day.label}  {day.num_events:,} events of {day.num_users:,} users, loss {loss:.4f}")
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.loss_events, progress.imbalance_sum = 0.0, 0, 0.0
@@ -200,8 +142,9 @@ def stream_train(
 ) -> Path:  # fmt: skip
     """Trains day by day to the end of the log, or until no day comes; returns the run folder.
 
-    The folder then holds ``days.json`` (numbers of every day), ``result.json`` and ``days.png``. world: the ranks that
-    train together; None: those that are there.
+    The folder then holds ``days.json`` (numbers of every day), ``result.json`` and ``days.png``; of a ranking model and
+    a finished log also ``evaluation.json``, about all days together. world: the ranks that train together; None: those
+    that are there.
 
     Raises:
         UserError: a wrong config, data or run folder, a non-finite value, a full disk.
@@ -209,6 +152,7 @@ def stream_train(
     """
     keep_freed_memory()
     _check(config, stream)
+    stream = stream.settled(config.ranking is not None)
     world = world or World.current(run_device(config.run.device))
     folder = world.on_first(lambda: run_folder(config))
     display = display or Display(config.run.progress, world.is_first)
@@ -223,14 +167,17 @@ def stream_train(
     except Interrupted:  # how a stream without an end comes to one
         world.on_first(lambda: write_result(folder, config, display))
         raise
-    world.on_first(lambda: write_result(folder, config, display))
+    assert isinstance(trainer.problem, DayProblem)
+    assess = trainer.problem.assess
+    world.on_first(lambda: write_result(folder, config, display, assess()))
     return folder
 
 
 def _check(config: Config, stream: StreamConfig) -> None:
     beside = "with hstu-stream"
-    check(config.ranking is None, "ranking", "a ranking model",
-          f"none {beside}; a ranking model passes once over the log with ranking.mode=progressive")  # fmt: skip
+    if config.ranking is not None:
+        check(config.ranking.mode == "epochs", "ranking.mode", config.ranking.mode,
+              f"epochs {beside}, where each day is predicted before it is trained on")  # fmt: skip
     check(config.optim.schedule == "constant", "optim.schedule", config.optim.schedule,
           f"constant {beside}, which knows no last step; use stream.lr_decay")  # fmt: skip
     alpha = config.run.stochastic_length.alpha
@@ -267,84 +214,6 @@ def _keep_settings(folder: Path, stream: StreamConfig) -> None:
                 )
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(path, values)
-
-
-# What is left of a run
-
-
-def read_days(folder: Path) -> list[dict[str, Any]]:
-    """One mapping a day, in order: ``day``, what was measured before it was trained on, and what training gave."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if values.get("kind") in ("day", "next day"):
-            rest = {k: v for k, v in values.items() if k not in ("kind", "step", "epoch", "day")}
-            found.setdefault(values["day"], {"day": values["day"]}).update(rest)
-    return list(found.values())
-
-
-def late_files(folder: Path) -> dict[str, list[str]]:
-    """By day, the files that came after it, by their paths below the watched folder."""
-    if not (folder / "days").is_dir():
-        return {}
-    from hstu.data.watch import read_record
-
-    return read_record(folder / "days")["late"]
-
-
-def write_result(folder: Path, config: Config, display: Display) -> None:
-    """``days.json``, ``result.json`` with the mean over all evaluated events, ``days.png``.
-
-    Of a watched folder with the files that came late: how many on each day, and their paths.
-    """
-    days, late = read_days(folder), late_files(folder)
-    for day in days:
-        if day["day"] in late:
-            day["late_files"] = len(late[day["day"]])
-    names_late = {"late_files": late} if late else {}
-    evaluated = [day for day in days if day.get("targets")]
-    total = sum(day["targets"] for day in evaluated)
-    names = metrics.metric_names(config.eval.ks)
-    mean = {n: sum(day[n] * day["targets"] for day in evaluated) / total for n in names} if total else {}
-    report.write_json(folder / "days.json", {"days": days, **names_late})
-    report.write_json(
-        folder / "result.json",
-        {
-            "experiment": config.experiment, "seed": config.seed, "days": len(days), "targets": total,
-            "trained": sum(day.get("trained", 0) for day in days), "next_day": mean,
-        },
-    )  # fmt: skip
-    plot_days(days, folder / "days.png")
-    shown = "  ".join(f"{n} {mean[n]:.4f}" for n in ("hr@10", "ndcg@10", "mrr") if n in mean)
-    left_out = f"; {sum(map(len, late.values()))} late files left out" if late else ""
-    display.say(f"{len(days)} days; next day, {total:,} events: {shown or 'none evaluated'}{left_out}; {folder}")
-
-
-def plot_days(days: list[dict[str, Any]], path: Path) -> None:
-    """Next-day metrics and the training loss over days. Without matplotlib nothing is drawn."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), layout="constrained", sharex=True)
-    place = range(len(days))
-    for name in ("hr@10", "ndcg@10", "mrr"):
-        if any(name in day for day in days):
-            above.plot(place, [day.get(name, np.nan) for day in days], label=name, linewidth=1.3)
-            above.legend(fontsize=8, frameon=False)
-    below.plot(place, [day.get("train_loss", np.nan) for day in days], color="tab:gray", linewidth=1.3)
-    above.set(title="each day before it is trained on", ylim=(0, None))
-    below.set(ylabel="training loss")
-    every = max(1, len(days) // 8)
-    below.set_xticks(list(place)[::every], [day["day"] for day in days][::every], fontsize=7)
-    for panel in (above, below):
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def run_command(options: dict[str, Any]) -> None:

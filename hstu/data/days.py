@@ -1,9 +1,10 @@
 """A log day by day: what each day adds, and the batches that train on it once.
 
-A day trains on every event of it that has an event of the same user before it, each once, with the history that the
-user had by then. A user with more than ``max_len`` events on a day is cut into pieces of so many predicted events.
+A day trains on its events, each once, with the history that the user had by then: retrieval on those that have an event
+of the same user before them, ranking on all. A user with many events on a day is cut into pieces (retrieval: of
+``max_len`` predicted events; ranking: as in any training, :func:`hstu.data.ranking_batches.cut`).
 
-Legend: U users, P pieces, L events in the batch.
+Legend: U users, P pieces, S sequences, L events in the batch.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from hstu.config import Config
 from hstu.data.batches import Batch, EventColumns, cut_batches
 from hstu.data.random_rows import rows_of
+from hstu.data.ranking import RankingData, Sequences
+from hstu.data.ranking_batches import RankingBatch, cut, gather_share, take
 from hstu.data.share import Ranks, Share
+from hstu.data.shuffle_buffer import joined_ranges
 from hstu.data.splits import Targets
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
@@ -29,6 +34,7 @@ ORDER_SEED = 104
 SAMPLE_SEED = 105
 """Purpose number of the seed that draws the events a day is evaluated on."""
 _CHUNK_ROWS = 1 << 22
+NO_DAY = "the stream has no day: expected events in the store, or files in stream.watch"
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,27 @@ class Day:
     def targets(self, limit: int, seed: int) -> Targets:
         """Each user's first event of the day, where there is one before it; at most ``limit`` of them (0: all), drawn
         by ``seed``."""
-        users = np.flatnonzero((self.end > self.first) & (self.first > self.store.offsets[:-1]))
-        if 0 < limit < len(users):
-            users = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(users, limit, replace=False))
-        return Targets(users.astype(np.int64), self.first[users].astype(np.int64))
+        users = _sample(np.flatnonzero((self.end > self.first) & ~self.is_cold), limit, seed)
+        return Targets(users, self.first[users].astype(np.int64))
+
+    def events(self, limit: int, seed: int) -> Targets:
+        """All events of the day, cold users' too, by ascending row; of at most ``limit`` users (0: all), drawn by
+        ``seed``."""
+        users = _sample(np.flatnonzero(self.end > self.first), limit, seed)
+        counts = self.end[users] - self.first[users]
+        return Targets(np.repeat(users, counts), joined_ranges(self.first[users], counts).astype(np.int64))
+
+    @property
+    def is_cold(self) -> np.ndarray:
+        """bool [U]: nothing is known of the user from before the day."""
+        return np.asarray(self.first == self.store.offsets[:-1])
+
+
+def _sample(users: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """int64: ``users``, or ``limit`` of them where that is above 0 and there are more."""
+    if 0 < limit < len(users):
+        users = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(users, limit, replace=False))
+    return users.astype(np.int64)
 
 
 class Days(Protocol):
@@ -162,7 +185,7 @@ class DayBatches:
         if self._plan is None or self._plan[0] != epoch:
             day = self.days.open(epoch)
             if day is None:
-                raise UserError("the stream has no day: expected events in the store, or files in stream.watch")
+                raise UserError(NO_DAY)
             if self._columns is None or self._plan is None or self._plan[1].day.store is not day.store:
                 self._columns = EventColumns(day.store, self.device, self.event_weights)
             seed = derive(self.seed, ORDER_SEED, epoch)
@@ -211,3 +234,59 @@ def plan_day(day: Day, max_len: int, seed: int, batch_users: int, batch_tokens: 
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(owner))
     bounds = cut_batches(lengths[order], batch_users, batch_tokens)
     return DayPlan(day, owner[order], first_rows[order], lengths[order], predicted[order], bounds)
+
+
+@dataclass(frozen=True)
+class RankingDayPlan:
+    """The sequences of a day in the order of training, which predict each of its events once.
+
+    bounds: [steps+1] int64.
+    """
+
+    day: Day
+    data: RankingData
+    sequences: Sequences
+    bounds: np.ndarray
+
+
+class RankingDayBatches:
+    """As :class:`DayBatches`, for ranking; the cuts are those of the evaluation of the day."""
+
+    def __init__(self, days: Days, config: Config) -> None:
+        self.days, self.config = days, config
+        self.num_skipped = 0
+        self._plan: tuple[int, RankingDayPlan] | None = None
+        self.users = range(self.plan(0).day.num_users)
+
+    def plan(self, epoch: int) -> RankingDayPlan:
+        if self._plan is None or self._plan[0] != epoch:
+            day = self.days.open(epoch)
+            if day is None:
+                raise UserError(NO_DAY)
+            self._plan = epoch, self._make(epoch, day)
+        return self._plan[1]
+
+    def _make(self, epoch: int, day: Day) -> RankingDayPlan:
+        assert self.config.ranking is not None
+        last = None if self._plan is None else self._plan[1].data
+        data = last if last is not None and last.store is day.store else RankingData(day.store, self.config.ranking)
+        users = np.flatnonzero(day.end > day.first).astype(np.int64)
+        starts = np.asarray(day.store.offsets[:-1])[users]
+        whole = cut(self.config, users, starts, day.first[users], day.end[users])
+        seed = derive(self.config.seed, ORDER_SEED, epoch)
+        sequences = take(whole, np.random.Generator(np.random.PCG64(seed)).permutation(len(whole)))
+        run = self.config.run
+        bounds = cut_batches(sequences.stop - sequences.first, run.batch_users, run.batch_tokens)
+        return RankingDayPlan(day, data, sequences, bounds)
+
+    def num_steps(self, epoch: int) -> int:
+        return len(self.plan(epoch).bounds) - 1
+
+    def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
+        return {}
+
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[RankingBatch]:
+        """What one rank trains on in a step."""
+        plan = self.plan(epoch)
+        part = take(plan.sequences, slice(plan.bounds[step], plan.bounds[step + 1]))
+        return gather_share(plan.data, self.config, part, ranks)
