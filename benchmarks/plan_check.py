@@ -27,7 +27,7 @@ from hstu import report
 from hstu.allocator import keep_freed_memory
 from hstu.cli import command
 from hstu.config import LossConfig, OptimConfig
-from hstu.config_model import HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
+from hstu.config_model import FuXiLinearConfig, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
 from hstu.data.batches import Batch
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import make_optimizer
@@ -66,6 +66,9 @@ POINTS = (
     Point("hstu-large-table", _hstu(64, 2, 100), LossConfig(), 400_000, 32),
     Point("sasrec-ml-1m", SASRecConfig(), LossConfig(), 3883, 64),
     Point("transformer-wide", TransformerConfig(dim=256, num_heads=4, ffn_dim=512), LossConfig(), 3883, 16),
+    Point("fuxi-ml-20m", FuXiLinearConfig(), LossConfig(), 26744, 32),
+    Point("fuxi-wide", FuXiLinearConfig(dim=256, num_heads=4, ffn_dim=256), LossConfig(), 3883, 8),
+    Point("fuxi-long", FuXiLinearConfig(max_len=1600), LossConfig(num_negatives=16), 3883, 4),
 )
 
 

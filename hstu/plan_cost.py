@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.config_model import FuXiLinearConfig, HSTUConfig, SASRecConfig
 from hstu.feature_tables import BAGS
 from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
-from hstu.plan_layers import layer_bytes
+from hstu.plan_layers import fuxi_chunks, layer_bytes
 from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
 from hstu.plan_memory import dense_parameters
 from hstu.plan_tables import is_replicated, num_shards, optimizer_bytes
@@ -183,7 +183,9 @@ def _linear_flops(config: PlanConfig) -> float:
     if isinstance(model, HSTUConfig):
         values = model.num_heads * model.v_dim
         return 8.0 * model.dim * (2 * values + 2 * model.num_heads * model.qk_dim) + 6.0 * values * model.dim
-    assert isinstance(model, SASRecConfig | TransformerConfig)
+    if isinstance(model, FuXiLinearConfig):  # so does FuXi-Linear
+        projected = 6 * model.dim + 2 * model.num_heads * model.qk_dim
+        return 8.0 * model.dim * projected + 18.0 * model.dim**2 + 18.0 * model.dim * model.ffn_dim
     feed_forward = (2 if isinstance(model, SASRecConfig) else 3) * model.ffn_dim
     return 6.0 * model.dim * (4 * model.dim + feed_forward)
 
@@ -194,6 +196,8 @@ def _attention(config: PlanConfig, work: Workload) -> TimePart:
         widths = model.num_heads * (model.qk_dim + model.v_dim)
         flops = (1 + BACKWARD_ATTENTION) * 2.0 * work.pairs * widths
         return _part(config, "attention", model.num_blocks * flops, 0.0, fraction)
+    if isinstance(model, FuXiLinearConfig):
+        return _part(config, "mixers", model.num_blocks * _mixer_flops(model, work), 0.0, fraction)
     padded = work.squares if config.torch_path else work.users * work.longest**2
     if isinstance(model, SASRecConfig) and model.dropout > 0 and not config.torch_path:
         moved = SOFTMAX_PASSES * model.num_heads * padded * FLOAT
@@ -201,6 +205,18 @@ def _attention(config: PlanConfig, work: Workload) -> TimePart:
                      model.num_blocks * moved, fraction)  # fmt: skip
     flops = (1 + BACKWARD_ATTENTION) * 2.0 * padded * model.dim  # half of the square, as the causal mask shows
     return _part(config, "attention", model.num_blocks * flops, 0.0, fraction)
+
+
+def _mixer_flops(model: FuXiLinearConfig, work: Workload) -> float:
+    """Of a layer's three mixers, forward and twice as much backward; the temporal weights have no gradient.
+
+    Inside a chunk each token meets all of it; with several chunks it also writes into and reads from one matrix a head.
+    """
+    chunks, size, slots = fuxi_chunks(model, work)
+    qk, dim = model.num_heads * model.qk_dim, model.dim
+    inside = size * (3 * (qk + dim) + 2 * dim + 3 * dim)  # semantic, temporal, positional
+    carried = 2 * dim * (3 * model.qk_dim + 2 * 2 + 3 * model.position_dim) if chunks > 1 else 0
+    return 2.0 * slots * (inside + carried)
 
 
 def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:

@@ -1,11 +1,12 @@
 """What the encoders keep for the backward pass and need while it runs, layer by layer.
 
-Legend: T tokens of a GPU, D model width, H heads, A query/key width, V value width per head, F feed-forward width.
+Legend: T tokens of a GPU, D model width, H heads, A query/key width, V value width per head, F feed-forward width;
+FuXi-Linear: S chunks of C tokens, slots = users times S C, periods of the temporal mixer with two heads each.
 """
 
 from __future__ import annotations
 
-from hstu.config_model import HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.config_model import FuXiLinearConfig, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
 from hstu.plan_config import FLOAT, INT32, INT64, PlanConfig
 from hstu.plan_work import Workload
 
@@ -13,6 +14,8 @@ BATCH_COLUMNS = 5
 """int64 numbers of a token in a batch: item, label, time, request time, row."""
 SOFTMAX_LAYER_ROWS = 9
 """Float32 rows of width D a token that the backward of a SASRec or Transformer layer needs at once."""
+TEMPORAL_COPIES = 4.1
+"""FuXi-Linear's temporal weights are made from so many arrays of their size at once (measured)."""
 PAIR_BLOCK = 64
 """The torch path lays out time buckets for whole blocks of so many query rows (kernels/attention/layout.py)."""
 
@@ -33,10 +36,49 @@ def layer_bytes(config: PlanConfig, work: Workload) -> float:
         kept = tokens * dim * (2 * FLOAT + fed + low)  # x, the sum before the second norm; fed; attended
         kept += tokens * (4 * FLOAT + 2 * low * model.ffn_dim)  # statistics; after ReLU, after dropout
         return kept + _softmax_bytes(config, work, model.dropout)
+    if isinstance(model, FuXiLinearConfig):
+        return _fuxi_bytes(config, model, work)
     assert isinstance(model, TransformerConfig)
     kept = tokens * dim * (4 * FLOAT + 2 * low + low)  # twice x and its norm; what enters linear layers; attended
     kept += tokens * (2 * FLOAT + 4 * low * model.ffn_dim + 2 * low * dim / model.num_heads)  # gates; sines
     return kept + _softmax_bytes(config, work, 0.0) + (tokens * dim * low * 2 if config.torch_path else 0.0)
+
+
+def fuxi_chunks(model: FuXiLinearConfig, work: Workload) -> tuple[int, int, float]:
+    """Chunks of a user, tokens of a chunk, and slots of all users: every user is padded to the longest."""
+    size = max(1, min(model.chunk_size, work.longest))
+    chunks = -(-work.longest // size)
+    return chunks, size, work.users * chunks * size
+
+
+def _fuxi_bytes(config: PlanConfig, model: FuXiLinearConfig, work: Workload) -> float:
+    """The gated projection and the feed-forward part for each token, the mixers for each slot.
+
+    A chunk's weights are written out, S C^2 for each head; with more than one chunk so are the matrices that hold the
+    earlier ones, A by V. The temporal weights have no gradient and keep no values.
+    """
+    low, tokens, dim = config.activation_bytes, work.tokens, model.dim
+    chunks, size, slots = fuxi_chunks(model, work)
+    qk, several = model.num_heads * model.qk_dim, chunks > 1
+    kept = tokens * dim * (2 * FLOAT + 2 * 3 * FLOAT)  # x, the sum of both parts; the mixed values and their norm
+    kept += tokens * low * (10 * dim + 2 * qk + 4 * model.ffn_dim) + tokens * 7 * FLOAT  # products; statistics
+    kept += slots * low * (2 * qk + 3 * dim)  # q, k and the values, padded
+    kept += slots * low * (2 * qk + 2 * size * model.num_heads + 3 * dim)  # both sides of the products; the weights
+    if several:
+        kept += slots * low * (2 * qk + 2 * dim)
+        states = work.users * chunks * dim
+        kept += states * (model.qk_dim * (low + FLOAT * (chunks - 1) / chunks) + model.position_dim * low)
+        kept += slots * low * 8 * model.num_periods  # sines and cosines of queries and keys
+    if low < FLOAT:
+        kept += _temporal_bytes(model, work, low)
+    return kept + size * size * (INT64 + 2 * FLOAT * model.num_heads)
+
+
+def _temporal_bytes(model: ModelConfig, work: Workload, each: int) -> float:
+    """Weights of FuXi-Linear's temporal mixer, of ``each`` bytes."""
+    assert isinstance(model, FuXiLinearConfig)
+    _, size, slots = fuxi_chunks(model, work)
+    return slots * size * 2 * model.num_periods * each
 
 
 def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
@@ -60,23 +102,40 @@ def layer_workspace(config: PlanConfig, work: Workload) -> float:
     if isinstance(model, HSTUConfig):  # the projection once more and its gradient
         width = 2 * model.num_heads * (model.v_dim + model.qk_dim)
         return work.tokens * (2 * low * width + FLOAT * model.dim)
+    if isinstance(model, FuXiLinearConfig):  # gradients of q, k and the values, padded
+        slots = fuxi_chunks(model, work)[2]
+        return slots * low * (2 * model.num_heads * model.qk_dim + 3 * model.dim)
     needed = SOFTMAX_LAYER_ROWS * work.tokens * FLOAT * model.dim
     if config.torch_path or not (isinstance(model, SASRecConfig) and model.dropout):
         return needed
     return needed + 2 * FLOAT * model.num_heads * work.users * work.longest**2  # gradients of the padded weights
 
 
+def early_workspace(config: PlanConfig, work: Workload) -> float:
+    """What the forward pass needs before the first layer, while nothing is kept: FuXi-Linear's temporal weights."""
+    if not isinstance(config.model, FuXiLinearConfig):
+        return 0.0
+    return TEMPORAL_COPIES * _temporal_bytes(config.model, work, FLOAT)
+
+
 def input_bytes(config: PlanConfig, work: Workload) -> float:
     """The batch and what all layers share: the plan of the attention."""
-    columns = work.tokens * INT64 * BATCH_COLUMNS
+    columns, model = work.tokens * INT64 * BATCH_COLUMNS, config.model
+    if isinstance(model, FuXiLinearConfig):
+        return columns
     if not config.torch_path:
         return columns + work.tokens * 2 * INT32  # ages of queries and keys
     rows = 2 * work.tokens * INT64
-    model = config.model
     if not (isinstance(model, HSTUConfig) and model.bias.time):
         return columns + rows
     block = min(PAIR_BLOCK, work.longest)
     return columns + rows + INT32 * (work.squares / 2 + work.tokens * block / 2)
+
+
+def shared_bytes(config: PlanConfig, work: Workload) -> float:
+    """What the layers keep together: FuXi-Linear's temporal weights, where they need not be narrowed for each."""
+    shared = isinstance(config.model, FuXiLinearConfig) and config.activation_bytes == FLOAT
+    return _temporal_bytes(config.model, work, FLOAT) if shared else 0.0
 
 
 def output_bytes(config: PlanConfig, work: Workload) -> float:

@@ -14,10 +14,10 @@ from functools import cache
 import torch
 
 from hstu.config import build
-from hstu.config_model import MODELS, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
+from hstu.config_model import MODELS, ModelConfig
 from hstu.errors import UserError
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
-from hstu.plan_layers import input_bytes, layer_bytes, layer_workspace, output_bytes
+from hstu.plan_layers import early_workspace, input_bytes, layer_bytes, layer_workspace, output_bytes, shared_bytes
 from hstu.plan_losses import loss_memory
 from hstu.plan_tables import is_replicated, num_shards, shard_shape, table_bytes
 from hstu.plan_work import Workload
@@ -43,8 +43,6 @@ def _dense_parameters(name: str, text: str) -> int:
 
 def check_model(model: ModelConfig) -> None:
     """Raises UserError for a model whose memory is not written down here."""
-    if not isinstance(model, HSTUConfig | SASRecConfig | TransformerConfig):
-        raise UserError(f"model={model.name}: hstu-plan knows hstu, sasrec and transformer")
     if model.similarity != "dot":
         raise UserError(f"model.similarity={model.similarity}: hstu-plan knows dot only")
 
@@ -84,6 +82,8 @@ class Memory:
 def saved_bytes(config: PlanConfig, work: Workload) -> list[Part]:
     """What autograd keeps between forward and backward, by layer."""
     parts = [Part("batch and plan", input_bytes(config, work))]
+    if shared := shared_bytes(config, work):
+        parts.append(Part("shared by layers", shared))
     each = layer_bytes(config, work)
     parts += [Part(f"layer {index + 1}", each) for index in range(config.model.num_blocks)]
     return [*parts, Part("output", output_bytes(config, work)), Part("loss", loss_memory(config, work).kept)]
@@ -105,7 +105,7 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     dense = float(FLOAT * dense_parameters(config.model))
     whole = float(table.rows + 1) * config.model.dim * FLOAT if is_replicated(config) else 0.0
     loss, kept = loss_memory(config, work), saved_bytes(config, work)
-    early = loss.draws - sum(part.bytes for part in kept)
+    early = max(loss.draws, early_workspace(config, work)) - sum(part.bytes for part in kept)
     layer = layer_workspace(config, work) - loss.kept  # by then the loss has given back what it kept
     parts = [
         Part("table", rows + extra),

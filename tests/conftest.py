@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    with torch.device("meta"):  # torch notes here which functions a device context is for: before they are poisoned
+        torch.zeros(())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from hstu.config import HSTUConfig, LossConfig, OptimConfig, SASRecConfig, TransformerConfig
+from hstu.config import FuXiLinearConfig, HSTUConfig, LossConfig, OptimConfig, SASRecConfig, TransformerConfig
 from hstu.config_model import ModelConfig
 from hstu.data.batches import Batch
 from hstu.distributed import World
@@ -31,6 +31,8 @@ MODELS = {
     "sasrec published": SASRecConfig(),
     "sasrec, 4 heads": SASRecConfig(dim=96, num_blocks=3, num_heads=4, ffn_dim=200, l2_normalize=False),
     "transformer": TransformerConfig(dim=96, num_blocks=3, num_heads=4, ffn_dim=256),
+    "fuxi published": FuXiLinearConfig(),
+    "fuxi, one chunk": FuXiLinearConfig(dim=96, num_blocks=3, num_heads=4, qk_dim=24, num_periods=4, chunk_size=256),
 }
 LOSSES = {
     "sampled": LossConfig(),
@@ -89,7 +91,7 @@ def test_what_autograd_keeps(name: str, loss: str) -> None:
     assert planned_kept(config) == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["hstu published", "sasrec, 4 heads", "transformer"])
+@pytest.mark.parametrize("name", ["hstu published", "sasrec, 4 heads", "transformer", "fuxi published"])
 def test_what_autograd_keeps_under_autocast(name: str) -> None:
     """The plan leaves out the narrow copies of the weights, hence the wider bound."""
     config = planned(MODELS[name], precision="bfloat16")
@@ -98,7 +100,7 @@ def test_what_autograd_keeps_under_autocast(name: str) -> None:
     assert planned_kept(config) == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["hstu published", "sasrec, 4 heads", "transformer"])
+@pytest.mark.parametrize("name", ["hstu published", "sasrec, 4 heads", "transformer", "fuxi published"])
 def test_one_more_layer(name: str) -> None:
     shallow = planned(MODELS[name])
     deep = replace(shallow, model=replace(shallow.model, num_blocks=shallow.model.num_blocks + 1))
@@ -148,6 +150,8 @@ PEAKS = {
     "hstu, wide values": (HSTUConfig(dim=64, num_heads=4, qk_dim=16, v_dim=64, num_blocks=3), "bank"),
     "sasrec": (SASRecConfig(dim=128, num_blocks=3, num_heads=4, ffn_dim=256), "sampled"),
     "transformer": (TransformerConfig(dim=128, num_blocks=3, num_heads=4, ffn_dim=256), "full"),
+    "fuxi": (FuXiLinearConfig(dim=128, qk_dim=16, num_blocks=2), "bank"),
+    "fuxi, one layer": (FuXiLinearConfig(num_blocks=1), "sampled"),
 }
 
 
@@ -242,8 +246,6 @@ def test_host_memory_of_a_cached_table() -> None:
 
 
 def test_other_models_are_refused() -> None:
-    from hstu.config import FuXiLinearConfig
-
-    config = replace(planned(HSTUConfig()), model=FuXiLinearConfig())
-    with pytest.raises(UserError, match="fuxi_linear: hstu-plan knows"):
+    config = planned(HSTUConfig(similarity="mixture_of_logits", l2_normalize=False))
+    with pytest.raises(UserError, match="mixture_of_logits: hstu-plan knows"):
         plan_memory(config, Workload(100, 1, 100, 1e4, 5e3))
