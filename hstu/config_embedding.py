@@ -9,10 +9,11 @@ from hstu.errors import one_of as _one_of
 
 KINDS = ("local", "sharded")
 TABLE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam")
-SHARDINGS = ("table_wise", "row_wise", "column_wise")
+PLANNED = ("table_wise", "row_wise", "column_wise")
+"""What torchrec's planner chooses from."""
+SHARDINGS = (*PLANNED, "grid", "data_parallel")
 IDS = ("exact", "hash", "managed")
 POLICIES = ("lru", "lfu", "distance_lfu")
-GRID = "; torchrec has a grid for pooled embeddings only, and these are looked up one by one"
 
 
 @dataclass
@@ -28,12 +29,12 @@ class EmbeddingConfig:
     lr: float | None = None
     """Learning rate of the tables, with the schedule of ``optim``; None: ``optim.table_lr`` or ``optim.lr``."""
     sharding: str = "auto"
-    """sharded only: auto (torchrec's planner chooses), table_wise, row_wise or column_wise. With column_wise the
-    row-wise optimizers keep a number for each part of a row. row_wise leaves a table of few rows, which would give some
-    rank none, on one rank."""
+    """sharded only: auto (torchrec's planner chooses from the next three), table_wise, row_wise, column_wise, grid
+    (columns over the nodes, and each part by rows over the ranks of its node) or data_parallel (whole on every rank, in
+    float32). With column_wise and grid the row-wise optimizers keep a number for each part of a row. row_wise and grid
+    leave a table of few rows, which would give some rank none, on one rank."""
     tables: dict[str, str] = field(default_factory=dict)
-    """sharded only: ``sharding`` of single tables by name: ``item``, or that of a feature (``item.genre``). data_parallel
-    keeps a feature's table whole on every rank."""
+    """sharded only: ``sharding`` of single tables by name: ``item``, or a feature (``item.genre``). Not auto."""
     dtype: str = "float32"
     """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA)."""
     comm_dtype: str = "float32"
@@ -65,11 +66,9 @@ class EmbeddingConfig:
         _one_of("embedding.kind", self.kind, KINDS)
         _one_of("embedding.optimizer", self.optimizer, ("adamw", *TABLE_OPTIMIZERS))
         _check(self.lr is None or self.lr > 0, "embedding.lr", self.lr, "> 0 or null")
-        allowed = ", ".join(("auto", *SHARDINGS))
-        _check(self.sharding in ("auto", *SHARDINGS), "embedding.sharding", self.sharding, f"one of {allowed}{GRID}")
+        _one_of("embedding.sharding", self.sharding, ("auto", *SHARDINGS))
         for name, sharding in self.tables.items():
-            choices = SHARDINGS if name == "item" else (*SHARDINGS, "data_parallel")
-            _check(sharding in choices, f"embedding.tables.{name}", sharding, f"one of {', '.join(choices)}{GRID}")
+            _one_of(f"embedding.tables.{name}", sharding, SHARDINGS)
         for name in ("dtype", "comm_dtype"):
             _one_of(f"embedding.{name}", getattr(self, name), ("float32", "float16", "bfloat16"))
         for name in ("hbm_gib", "ddr_gib"):
@@ -81,8 +80,22 @@ class EmbeddingConfig:
                 _check(getattr(self, name) == "float32", f"embedding.{name}", getattr(self, name),
                        "float32 with embedding.kind=local")  # fmt: skip
         else:
+            self._check_whole()
             _check(self.optimizer != "adamw", "embedding.optimizer", self.optimizer,
                    f"one of {', '.join(TABLE_OPTIMIZERS)} with embedding.kind=sharded")  # fmt: skip
+
+    def sharding_of(self, table: str) -> str:
+        """``sharding`` of the table ``item`` or of a feature; of local tables data_parallel."""
+        return "data_parallel" if self.kind == "local" else self.tables.get(table, self.sharding)
+
+    def _check_whole(self) -> None:
+        """What needs rows that are spread."""
+        if self.sharding_of("item") == "data_parallel":
+            _check(not self.pipeline, "embedding.pipeline", True, "false with the item table data_parallel")
+        if {self.sharding, *self.tables.values()} == {"data_parallel"}:
+            for name in ("dtype", "comm_dtype"):
+                _check(getattr(self, name) == "float32", f"embedding.{name}", getattr(self, name),
+                       "float32 where all tables are data_parallel")  # fmt: skip
 
     def _check_ids(self) -> None:
         _one_of("embedding.ids", self.ids, IDS)

@@ -31,7 +31,8 @@ def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torc
         from hstu.feature_tables import local_name
         from hstu.sharded import shard
 
-        optimizers.append(shard(model, config, world))
+        fused = shard(model, config, world)
+        optimizers += [] if fused is None else [fused]
         sharded = set(model.sharded_names)  # type: ignore[arg-type]
         named = {local_name(n): p for n, p in model.named_parameters() if p in whole and n not in sharded}
         if named:

@@ -281,8 +281,10 @@ def _local_name(name: str) -> str:
     return name.replace(f"collection.embeddings.{TABLE}.weight", "weight")
 
 
-def shard(model: nn.Module, config: Config, world: World, initial: bool = True) -> FusedTables:
+def shard(model: nn.Module, config: Config, world: World, initial: bool = True) -> FusedTables | None:
     """Gives each rank its part of the model's tables, with initial values; returns what moves them.
+
+    None where all tables stay whole (data_parallel).
 
     initial: False where all rows are about to be read from a checkpoint: they are not drawn.
 
@@ -296,6 +298,9 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
 
     embedding = config.embedding
     tables = table_shapes(model, config, world)
+    if not tables:
+        model.sharded_names = []  # type: ignore[assignment]
+        return None
     ensure_process_group(world.device)
     rate, rule = table_rate(config), table_rule(config)
     with quiet():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hstu.config_embedding import SHARDINGS, EmbeddingConfig
+from hstu.config_embedding import PLANNED, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.feature_tables import table_name
@@ -33,6 +33,8 @@ EMB_OPTIMIZERS = {
 """Names of the optimizers in fbgemm."""
 FUSED_ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
 """Those with a fused kernel on the CPU; the others run in torch there, see ``hstu/sharded_kernel.py``."""
+TORCHREC_NAMES = {"grid": "grid_shard"}
+"""Of shardings that torchrec calls otherwise than the config."""
 
 
 @dataclass(frozen=True)
@@ -155,20 +157,20 @@ def _gib(size: int) -> str:
 
 
 def sharding_of(config: EmbeddingConfig, table: str) -> str:
-    """``auto``, table_wise, row_wise or column_wise. table: its name in the collection."""
+    """``auto``, table_wise, row_wise, column_wise or grid. table: its name in the collection."""
     return {table_name(name): wanted for name, wanted in config.tables.items()}.get(table, config.sharding)
 
 
-def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int) -> list[str]:
-    """What the planner may choose from for a table.
+def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int, node_size: int = 1) -> list[str]:
+    """What the planner may choose from for a table. node_size: ranks of a node.
 
     fbgemm cannot have a shard without rows: a table whose last row-wise block would be empty is not cut by rows.
     """
     wanted = sharding_of(config, table.name)
-    allowed = list(SHARDINGS) if wanted == "auto" else [wanted]
-    block = -(-table.num_rows // num_ranks)
-    if block * (num_ranks - 1) >= table.num_rows and num_ranks > 1:
-        allowed = [sharding for sharding in allowed if sharding != "row_wise"]
+    allowed = list(PLANNED) if wanted == "auto" else [wanted]
+    for sharding, parts in (("row_wise", num_ranks), ("grid", node_size)):
+        if -(-table.num_rows // parts) * (parts - 1) >= table.num_rows and parts > 1:
+            allowed = [name for name in allowed if name != sharding]
     return allowed or ["table_wise"]
 
 
@@ -187,14 +189,15 @@ def fused_params(config: EmbeddingConfig, device: torch.device, lr: float, rule:
 
 
 def make_sharder(config: EmbeddingConfig, device: torch.device, params: dict[str, Any]) -> Any:
-    """torchrec's sharder of EmbeddingCollections, with the codecs of quantised communication."""
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    """torchrec's sharder of EmbeddingCollections, which knows grids too, with the codecs of quantised communication."""
     from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+
+    from hstu.sharded_grid import GridSharder
 
     kind = CommType[{"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}[config.comm_dtype]]
     wanted = QCommsConfig(forward_precision=kind, backward_precision=kind)
     registry = get_qcomm_codecs_registry(wanted, device=device)
-    return EmbeddingCollectionSharder(fused_params=params, qcomm_codecs_registry=registry)
+    return GridSharder(fused_params=params, qcomm_codecs_registry=registry)
 
 
 def make_plan(
@@ -210,13 +213,16 @@ def make_plan(
 
     check_device(config, world.device)
     check_memory(config, world, tables)
-    constraints = {}
+    constraints, node_size = {}, local_size(world)
+    if any(sharding_of(config, table.name) == "grid" for table in tables):
+        _check_nodes(world)
     for table in tables:
         wanted = sharding_of(config, table.name)
+        allowed = allowed_shardings(config, table, world.size, node_size)
         constraints[table.name] = ParameterConstraints(
-            sharding_types=allowed_shardings(config, table, world.size),
+            sharding_types=[TORCHREC_NAMES.get(name, name) for name in allowed],
             compute_kernels=["fused"],
-            min_partition=column_part(table.dim, world.size) if wanted == "column_wise" else None,
+            min_partition=_least_columns(wanted, table.dim, world.size, node_size),
             pooling_factors=list(table.lookups),
         )
     on_gpu, room = world.device.type == "cuda", capacity(config, world)
@@ -242,6 +248,22 @@ def make_plan(
             ) from None
 
     return world.on_first(plan_alone)
+
+
+def _check_nodes(world: World) -> None:
+    """Raises UserError, on every rank, where nodes have different numbers of ranks."""
+    sizes = world.gather_objects(local_size(world))
+    if len(set(sizes)) > 1 or world.size % sizes[0]:
+        raise UserError(
+            f"embedding: grid on {world.size} ranks with LOCAL_WORLD_SIZE={', '.join(map(str, sorted(set(sizes))))}: "
+            "expected as many ranks on each node; take row_wise"
+        )
+
+
+def _least_columns(sharding: str, dim: int, num_ranks: int, node_size: int) -> int | None:
+    """Width of a shard where a table is cut by columns: over the ranks, or in a grid over the nodes; else None."""
+    pieces = {"column_wise": num_ranks, "grid": num_ranks // node_size}
+    return column_part(dim, pieces[sharding]) if sharding in pieces else None
 
 
 def column_part(dim: int, size: int) -> int:

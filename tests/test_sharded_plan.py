@@ -372,14 +372,25 @@ def test_narrow_rows_and_exchanges(embedding, error):
     "options, message",
     [
         ({"kind": "sharded"}, "embedding.optimizer='adamw': expected one of sgd"),
-        ({"sharding": "grid"}, "grid for pooled embeddings only"),
-        ({"tables": {"item": "data_parallel"}}, "embedding.tables.item"),
+        (
+            {"sharding": "rows"},
+            "embedding.sharding='rows': expected one of auto, table_wise, row_wise, column_wise, grid",
+        ),
+        ({"tables": {"item": "auto"}}, "embedding.tables.item='auto': expected one of table_wise"),
+        (
+            {"kind": "sharded", "optimizer": "sgd", "tables": {"item": "data_parallel"}, "pipeline": True},
+            "embedding.pipeline=True: expected false with the item table data_parallel",
+        ),
+        (
+            {"kind": "sharded", "optimizer": "sgd", "sharding": "data_parallel", "dtype": "float16"},
+            "embedding.dtype='float16': expected float32 where all tables are data_parallel",
+        ),
         ({"dtype": "float16"}, "expected float32 with embedding.kind=local"),
         ({"kind": "sharded", "optimizer": "sgd", "dtype": "float8"}, "embedding.dtype"),
         ({"lr": 0.0}, "embedding.lr"),
         ({"ddr_gib": -1.0}, "embedding.ddr_gib"),
     ],
-    ids=["optimizer", "grid", "data-parallel-items", "local-dtype", "dtype", "lr", "memory"],
+    ids=["optimizer", "sharding", "table", "pipeline", "whole-dtype", "local-dtype", "dtype", "lr", "memory"],
 )
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=re.escape(message)):

@@ -13,6 +13,7 @@ import torch
 
 from hstu.config import Config, LossConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
+from hstu.distributed import World
 from hstu.runs import load_run, open_store
 from tests.ranks import run_ranks
 from tests.test_ranking_train import make_config as make_ranking_config
@@ -121,6 +122,38 @@ def test_feature_tables_that_stay_whole(features, stores, tmp_path):
     tables = dict.fromkeys(features, "data_parallel")
     compare(tmp_path, stores["ranking"], "ranking", [(2, "row_wise")], tables, run_batch_users=5,
             run_save_every_epochs=None)  # fmt: skip
+
+
+def test_an_item_table_that_stays_whole_beside_spread_features(stores, tmp_path):
+    compare(tmp_path, stores["ranking"], "ranking", [(2, "row_wise")], {"item": "data_parallel"}, run_batch_users=5,
+            run_save_every_epochs=None)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_tables_that_all_stay_whole(kind, stores, tmp_path):
+    changes = {"run_batch_users": 5, "run_save_every_epochs": None} if kind == "ranking" else {}
+    compare(tmp_path, stores[kind], kind, [(2, "data_parallel")], **changes)
+
+
+def evaluate_on_ranks(folder):
+    """Ranks of three users by the run in ``folder``, its tables as they lay."""
+    _, _, model = load_run(folder, "last", World.current())
+    queries = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return type(model.table).__name__, model.table.rank(queries, torch.tensor([3, 9, 27]))
+
+
+def test_a_run_with_a_whole_item_table_is_that_of_a_local_one(stores, tmp_path):
+    changes = {"optim": OptimConfig(lr=3e-3), "run_epochs": 1, "run_batch_users": 40}
+    for name, embedding in (("local", LOCAL), ("whole", sharded(LOCAL, "data_parallel"))):
+        config = narrow(tmp_path / name, make_config(tmp_path, embedding=embedding, **changes))
+        assert run_ranks(2, run_steps, config, stores["retrieval"]) == ["", ""]
+    one, two = (final_state(tmp_path / name).tensors() for name in ("local", "whole"))
+    assert one.keys() == two.keys() and "optimizer.table.weight.momentum1" in two
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+    (kind, ranks), (_, again) = run_ranks(2, evaluate_on_ranks, tmp_path / "whole")
+    assert kind == "LocalItemTable" and torch.equal(ranks, again)
 
 
 def test_the_whole_run_validates_and_saves_as_with_local_tables(stores, tmp_path):

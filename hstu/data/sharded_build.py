@@ -85,9 +85,7 @@ class Spilled:
     row_columns: dict[str, RowColumn]
 
 
-def build_shards(
-    raw: RawFiles, config: DataConfig, writer: StoreWriter, rejects: Rejects, stages: Stages
-) -> Built:
+def build_shards(raw: RawFiles, config: DataConfig, writer: StoreWriter, rejects: Rejects, stages: Stages) -> Built:
     """Writes the columns of every shard, and the items and features that all share; ``meta.json`` is not written."""
     attributes = raw.attributes(rejects)
     found = _spill_rows(raw, attributes[0], config, writer.work, rejects, stages)

@@ -77,7 +77,8 @@ class RankingModel(nn.Module):
         embedding = embedding or EmbeddingConfig()
         sharded, dtype = embedding.kind == "sharded", embedding.dtype
         self.table = make_table(dataclasses.replace(config, l2_normalize=False), data.store.num_items, embedding)
-        whole = {name for name, sharding in embedding.tables.items() if sharding == "data_parallel"}
+        features = (*data.token_feature_sizes, *data.user_feature_sizes)
+        whole = {name for name in features if embedding.sharding_of(name) == "data_parallel"}
         self.item_tables = FeatureTables(data.token_feature_sizes, dim, None, sharded, dtype, whole)
         self.user_tables = FeatureTables(data.user_feature_sizes, dim, None, sharded, dtype, whole)
         self.item_numbers = NumberTokens(len(data.token_number_names), dim)

@@ -104,7 +104,7 @@ def make_table(config: ModelConfig, num_items: int, embedding: EmbeddingConfig |
     if item_rows is not None:
         rows = make_table(config, item_rows.num_rows, replace(embedding, ids="exact", rows=None))
         return MappedTable(item_rows, rows)
-    if embedding.kind == "sharded":
+    if embedding.sharding_of("item") != "data_parallel":
         from hstu.sharded import ShardedItemTable
 
         return ShardedItemTable(num_items, config.dim, l2_normalize=config.l2_normalize, dtype=embedding.dtype)
