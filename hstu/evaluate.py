@@ -291,6 +291,17 @@ def show(evaluation: Evaluation, config: Config, store: SequenceStore, part: str
     console.print("; ".join(notes), soft_wrap=True)
 
 
+def is_stream(run: Path) -> bool:
+    """Whether ``hstu-stream`` made the run."""
+    return (run / "stream.json").exists()
+
+
+def stream_note(run: Path, store: SequenceStore) -> str:
+    """What to mind of an evaluation after a stream."""
+    said = f"a stream: all of {store.path} was trained on, these events too; numbers from before that are in"
+    return f"{said} {run / 'days.json'}"
+
+
 def plain_options(cfg: Any) -> dict[str, Any]:
     """A command's composed options as plain values; a required one that is missing raises."""
     from omegaconf import OmegaConf
@@ -383,9 +394,8 @@ def evaluate_run(options: dict[str, Any], world: World | None = None) -> Evaluat
         path = run / ("evaluation.json" if usual else f"evaluation-{part}-{options['which']}.json")
         content = evaluation_json(config, store, evaluation, part, options["which"])
         report.write_json(path, content | unknown | {"seconds": seconds})
-        if (run / "stream.json").exists():
-            said = f"a stream: all of {store.path} was trained on, these events too; numbers from before that are in"
-            console.print(f"{said} {run / 'days.json'}", soft_wrap=True, highlight=False, markup=False)
+        if is_stream(run):
+            console.print(stream_note(run, store), soft_wrap=True, highlight=False, markup=False)
         console.print(f"{seconds:.1f} s; written to {path}", soft_wrap=True, highlight=False, markup=False)
         return evaluation
 

@@ -24,7 +24,16 @@ from hstu.data.ranking_batches import ranking_eval_batches
 from hstu.data.splits import Split, Targets, make_event_split
 from hstu.distributed import World
 from hstu.errors import UserError
-from hstu.evaluate import ALL_USERS, dataset_label, override_eval, run_device, split_targets, what_was_evaluated
+from hstu.evaluate import (
+    ALL_USERS,
+    dataset_label,
+    is_stream,
+    override_eval,
+    run_device,
+    split_targets,
+    stream_note,
+    what_was_evaluated,
+)
 from hstu.runs import agree_on_run
 
 if TYPE_CHECKING:
@@ -118,7 +127,8 @@ def undefined_metrics(data: RankingData, rows: np.ndarray) -> dict[str, str]:
 
 
 class ProgressivePredictions:
-    """Predictions of a progressive run by event row, [E, outputs of all tasks] float32 in a file of the run folder.
+    """Predictions of one pass over the log, progressive or day by day, by event row: [E, outputs of all tasks] float32
+    in a file of the run folder.
 
     A run that is resumed overwrites what it predicts again, with the same numbers.
 
@@ -334,7 +344,7 @@ def evaluate_ranking_run(
     def assessed() -> dict[str, Any]:
         from rich.console import Console
 
-        usual = part == "test" and which == "best" and config.eval == trained_eval
+        usual = part == "test" and which == "best" and config.eval == trained_eval and not is_stream(run)
         suffix = "" if usual else f"-{part}-{which}"
         evaluation = assess_ranking(config, data, split, predictions, part, which, run, suffix)
         unknown = unknown_shares_of_events(model, data, config, targets)
@@ -350,6 +360,8 @@ def evaluate_ranking_run(
             console.print(note, soft_wrap=True, highlight=False)
         if unknown:
             console.print(unknown_text(unknown))
+        if is_stream(run):
+            console.print(stream_note(run, store), soft_wrap=True, highlight=False, markup=False)
         path = run / f"evaluation{suffix}.json"
         report.write_json(path, evaluation)
         seconds = f"{evaluation['seconds']:.1f} s"

@@ -144,7 +144,7 @@ def task_table(task: str, kind: str, days: Sequence[Mapping[str, Any]], result: 
     names = [name for name in ranking_metrics.METRICS[kind] if name not in NOT_SHOWN]
     main = "rmse" if kind == "regression" else "ne"
     title = f"{task}, each day before it is trained on; last, the {main} of constant rates"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("day", no_wrap=True)
     for heading in ("events", *(_HEADINGS.get(n, n) for n in names), "so far", "day\nbefore"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -157,7 +157,7 @@ def task_table(task: str, kind: str, days: Sequence[Mapping[str, Any]], result: 
     for day in days[-MAX_SHOWN_DAYS:]:
         add(day["day"], day["targets"], day, day["baselines"])
     table.add_section()
-    add(f"mean of {len(days)} days", result["targets"], result["next_day"], result["baselines"])
+    add("mean", result["targets"], result["next_day"], result["baselines"])
     return table
 
 

@@ -43,6 +43,17 @@ def hash_ids(ids: np.ndarray) -> np.ndarray:
     return hash_texts(b"".join(texts), np.array([len(t) for t in texts], np.int64))
 
 
+def hash_codes(values: np.ndarray, rows: int) -> np.ndarray:
+    """int32 codes 1..rows of ``values``, text or integers, by :func:`hash_ids`; 0 for an empty text.
+
+    Raises ValueError for other numbers, whose text is not theirs alone.
+    """
+    if values.dtype.kind not in "Uiu":
+        raise ValueError(f"values of type {values.dtype} cannot be hashed: expected text or integers")
+    codes = (hash_ids(values) % np.uint64(rows)).astype(np.int32) + 1
+    return np.where(values == "", 0, codes).astype(np.int32) if values.dtype.kind == "U" else codes
+
+
 def shards_of(hashes: np.ndarray, num_shards: int) -> np.ndarray:
     """[n] int64 shard of each id: its hash modulo the number of shards."""
     return (hashes % np.uint64(num_shards)).astype(np.int64)
