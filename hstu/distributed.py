@@ -91,7 +91,7 @@ class World:
         """The number of every rank, in their order. device: where they meet, which is waited for once."""
         if self.size == 1:
             return [number]
-        own = torch.tensor([number], device=device)
+        own = torch.full((1,), number, device=device)
         everyone = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(everyone, own)
         return torch.cat(everyone).tolist()

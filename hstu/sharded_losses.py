@@ -136,7 +136,7 @@ class Scored:
         labels: [P] int64. Place of each position's label among the rows (``OTHERS`` where another rank owns it).
         candidates: sampled softmax: [P, W] int64, places of its negatives, the rest filled up with its label; a bank:
             [M] int64 places of the bank's items in this block.
-        bank: of the whole bank, which are in this block: [items of the bank] bool; None: candidates are not a bank.
+        bank: [M] int64, places among the whole bank of its items in this block; None: candidates are not a bank.
     """
 
     positions: Positions
@@ -213,8 +213,7 @@ def scored_negatives(positions: Positions, labels: Tensor, negatives: Iterable[T
         ids, (own, places) = find_places(block, [labels, whole.reshape(-1)])
         own = own.clone()  # is kept for the backward, and would keep the storage of all places with it
         return Scored(positions, ids, own, places.view(whole.shape))
-    owned, start = block.holds(labels), 0
-    drawn, row_parts = [], []
+    start, drawn, row_parts = 0, [], []
     for piece in negatives:
         own_labels = labels[start : start + len(piece), None].to(piece.dtype)
         flat = block.holds(piece).logical_and_(piece != own_labels).view(-1).nonzero()[:, 0]
@@ -222,29 +221,36 @@ def scored_negatives(positions: Positions, labels: Tensor, negatives: Iterable[T
         row_parts.append(flat.div(piece.shape[1], rounding_mode="floor") + start)
         start += len(piece)
     rows = torch.cat(row_parts)  # [n], ascending
-    ids, (label_places, places) = find_places(block, [labels[owned], torch.cat(drawn)])
-    own = torch.full_like(labels, OTHERS, dtype=torch.int64)
-    own[owned] = label_places
-    counts = torch.bincount(rows, minlength=len(labels))  # [P]
-    width = max(1, int(counts.max())) if len(labels) else 1
+    ids, own, places = _places_and_labels(block, labels, torch.cat(drawn))
+    bounds = torch.searchsorted(rows, torch.arange(len(labels) + 1, device=rows.device))  # [P + 1]
+    width = max(1, int(bounds.diff().max())) if len(labels) else 1
     candidates = own[:, None].repeat(1, width)  # a label does not count as its own negative
-    starts = counts.cumsum(0) - counts
     # Row by row: the n-th of all is the (n - starts[row])-th of its row.
-    shift = torch.arange(len(labels), device=rows.device) * width - starts
+    shift = torch.arange(len(labels), device=rows.device) * width - bounds[:-1]
     target = torch.arange(len(rows), device=rows.device) + shift.index_select(0, rows)
     candidates.view(-1).index_copy_(0, target, places)
     return Scored(positions, ids, own, candidates)
 
 
+def _places_and_labels(block: Block, labels: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids as of :func:`find_places` for the labels [P] of this block and ``others``, ids of it; the place of every
+    label, ``OTHERS`` where another rank owns it; the places of ``others``."""
+    owned = block.holds(labels).nonzero()[:, 0]
+    ids, (label_places, places) = find_places(block, [labels.index_select(0, owned), others])
+    own = torch.full_like(labels, OTHERS, dtype=torch.int64).index_copy_(0, owned, label_places)
+    return ids, own, places
+
+
 def scored_bank(positions: Positions, labels: Tensor, bank_ids: Tensor | None, block: Block) -> Scored:
     """Of a bank that all positions share, or of all items. labels: [P]."""
-    owned = block.holds(labels)
-    items = block.items(labels.device) if bank_ids is None else bank_ids
-    inside = block.holds(items)
-    ids, (label_places, places) = find_places(block, [labels[owned], items[inside]])
-    own = torch.full_like(labels, OTHERS, dtype=torch.int64)
-    own[owned] = label_places
-    return Scored(positions, ids, own, places, inside)
+    if bank_ids is None:
+        items = block.items(labels.device)
+        bank = items - 1
+    else:
+        bank = block.holds(bank_ids).nonzero()[:, 0]
+        items = bank_ids.index_select(0, bank)
+    ids, own, places = _places_and_labels(block, labels, items)
+    return Scored(positions, ids, own, places, bank)
 
 
 def scored_by(

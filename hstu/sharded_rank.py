@@ -38,10 +38,31 @@ class Scoring:
     fetch: Fetch
 
 
-class _Pieces:
-    """Scores of all ranks' users against this rank's block, piece by piece."""
+@dataclass(frozen=True)
+class _Pairs:
+    """Users [n] and items [n] int64 of theirs, items ascending. bounds: of each piece among them, on the host."""
 
-    def __init__(self, how: Scoring, queries: Tensor, seen_ids: Tensor | None, seen_offsets: Tensor | None) -> None:
+    users: Tensor
+    items: Tensor
+    bounds: list[int]
+
+    def of(self, piece: int, first: int) -> tuple[Tensor, Tensor]:
+        """Users and columns of those in the piece of that number, which begins at item ``first``."""
+        part = slice(self.bounds[piece], self.bounds[piece + 1])
+        return self.users[part], self.items[part] - first
+
+
+class _Pieces:
+    """Scores of all ranks' users against this rank's block, piece by piece.
+
+    Where the targets [U] and the seen items lie among the pieces is read from the device once, so that a piece is made
+    without waiting for it.
+    """
+
+    def __init__(
+        self, how: Scoring, queries: Tensor, targets: Tensor | None, seen_ids: Tensor | None,
+        seen_offsets: Tensor | None,
+    ) -> None:  # fmt: skip
         world, self.how = how.world, how
         self.users = Positions.of(world, len(queries))
         queries = queries.detach().to(torch.promote_types(queries.dtype, torch.float32))
@@ -52,23 +73,44 @@ class _Pieces:
         self.size = PIECE * max(1, min(fitting // PIECE, -(-longest // PIECE)))
         self.num_pieces = -(-longest // self.size)
         self.finite = torch.ones((), dtype=torch.bool, device=queries.device)
-        self.hidden = self._hidden(seen_ids, seen_offsets)
+        self.targets, self.hidden = self._by_piece([self._targets(targets), self._seen(seen_ids, seen_offsets)])
 
-    def _hidden(self, seen_ids: Tensor | None, seen_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Users and ids that they have seen, of all ranks' users and this block, ids ascending."""
+    def _targets(self, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Users and their targets, of all ranks."""
+        if targets is None:
+            return self._nothing()
+        everyone = self.users.gather(targets.long())
+        return torch.arange(len(everyone), device=everyone.device), everyone
+
+    def _seen(self, seen_ids: Tensor | None, seen_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Users and items that they have seen, of all ranks."""
         if seen_ids is None or seen_offsets is None:
-            nothing = torch.zeros(0, dtype=torch.int64, device=self.queries.device)
-            return nothing, nothing
+            return self._nothing()
         start = self.users.own.start
         own = torch.arange(start, start + len(seen_offsets) - 1, device=seen_ids.device)
-        pairs = torch.stack([own.repeat_interleave(seen_offsets.diff()), seen_ids.long()], dim=1)
-        pairs = Positions.of(self.how.world, len(pairs)).gather(pairs)
-        users, ids = pairs[self.block.holds(pairs[:, 1])].unbind(1)
-        order = ids.argsort(stable=True)
-        return users[order], ids[order]
+        owners = own.repeat_interleave(seen_offsets.diff(), output_size=len(seen_ids))
+        pairs = torch.stack([owners, seen_ids.long()], dim=1)
+        users, ids = Positions.of(self.how.world, len(pairs)).gather(pairs).unbind(1)
+        return users, ids
 
-    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """First id, number of ids that count, scores [A, C]; what does not count or was seen scores -inf."""
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        none = torch.zeros(0, dtype=torch.int64, device=self.queries.device)
+        return none, none
+
+    def _by_piece(self, pairs: list[tuple[Tensor, Tensor]]) -> list[_Pairs]:
+        ends = torch.arange(self.num_pieces + 1, device=self.queries.device) * self.size + self.block.first
+        ends = ends.clamp(max=self.block.stop)
+        found, bounds = [], []
+        for users, items in pairs:
+            items, order = items.sort(stable=True)
+            found.append((users[order], items))
+            bounds.append(torch.searchsorted(items, ends))
+        known = torch.stack(bounds).tolist()
+        return [_Pairs(users, items, own) for (users, items), own in zip(found, known, strict=True)]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Number, first id, number of ids that count, scores [A, C]; the padding, and what is beyond the block, score
+        -inf."""
         block, device = self.block, self.queries.device
         for number in range(self.num_pieces):
             first = block.first + number * self.size
@@ -78,19 +120,12 @@ class _Pieces:
             rows = l2_normalize(rows, self.how.eps) if self.how.normalize else rows
             scores = self.queries @ rows.mT  # [A, C]
             self.finite &= torch.isfinite(scores).all()
-            scores[:, ~(inside & (ids > 0))] = -torch.inf
-            yield first, int(inside.sum()), scores
+            scores.masked_fill_(~(inside & (ids > 0)), -torch.inf)
+            yield number, first, min(self.size, max(0, block.stop - first)), scores
 
-    def hide(self, first: int, scores: Tensor) -> None:
+    def hide(self, number: int, first: int, scores: Tensor) -> None:
         """Takes the seen items out of a piece."""
-        scores[self.hidden_in(first)] = -torch.inf
-
-    def hidden_in(self, first: int) -> tuple[Tensor, Tensor]:
-        """Users who have seen items of the piece that begins at ``first``, and the columns of these."""
-        users, ids = self.hidden
-        bounds = torch.searchsorted(ids, torch.tensor([first, first + self.size], device=ids.device)).tolist()
-        part = slice(*bounds)
-        return users[part], ids[part] - first
+        scores[self.hidden.of(number, first)] = -torch.inf
 
     def check(self) -> None:
         """Raises ValueError on every rank where a score of any of them was not finite."""
@@ -106,22 +141,21 @@ def sharded_rank(
     """Exact ranks float64 [U] of targets [U], see ``kernels.rank_and_topk.rank``; with items [num_items + 1] float64 on
     each id, see :func:`hstu.counted_rank.counted_rank`."""
     with no_autocast(queries.device):
-        pieces = _Pieces(how, queries, seen_ids, seen_offsets)
-        all_targets = pieces.users.gather(targets.long())
+        pieces = _Pieces(how, queries, targets, seen_ids, seen_offsets)
         kept = list(pieces) if pieces.num_pieces == 1 else None
         target_scores = torch.zeros_like(pieces.queries[:, 0])
-        for first, _, scores in kept or pieces:
-            users, columns = _targets_in(first, pieces, all_targets)
+        for number, first, _, scores in kept or pieces:
+            users, columns = pieces.targets.of(number, first)
             target_scores[users] = scores[users, columns]
         pieces.users.total(target_scores)
-        counts = torch.zeros(len(all_targets), dtype=torch.float64, device=queries.device)  # better + equal / 2
-        for first, size, scores in kept or pieces:
+        counts = torch.zeros(len(target_scores), dtype=torch.float64, device=queries.device)  # better + equal / 2
+        for number, first, size, scores in kept or pieces:
             if items is not None:
-                counts += _items_before(pieces, first, size, scores, target_scores, items)
+                seen = pieces.hidden.of(number, first)
+                counts += _items_before(seen, items[first : first + size], scores, target_scores)
                 continue
-            pieces.hide(first, scores)
-            users, columns = _targets_in(first, pieces, all_targets)
-            scores[users, columns] = -torch.inf  # a candidate that does not count against itself
+            pieces.hide(number, first, scores)
+            scores[pieces.targets.of(number, first)] = -torch.inf  # a candidate that does not count against itself
             counts += _count(torch.gt(scores, target_scores[:, None], out=torch.empty_like(scores)))
             counts += 0.5 * _count(torch.eq(scores, target_scores[:, None], out=scores))
         pieces.check()
@@ -129,21 +163,12 @@ def sharded_rank(
         return ranks + (1.0 if items is None else 0.5)  # counted, the target is among the items of its id
 
 
-def _items_before(
-    pieces: _Pieces, first: int, size: int, scores: Tensor, target: Tensor, items: Tensor
-) -> Tensor:  # fmt: skip
-    """[A]: items of the ``size`` ids from ``first`` on that come before the target. items: of every id."""
-    users, columns = pieces.hidden_in(first)
+def _items_before(seen: tuple[Tensor, Tensor], items: Tensor, scores: Tensor, target: Tensor) -> Tensor:
+    """[A]: items of a piece's ids that come before the target. seen: users and columns. items: [c] of the first ids of
+    the piece, those that count."""
     counts = items.new_zeros(scores.shape[1])
-    counts[:size] = items[first : first + size]
-    return before(scores, target, counts, users, columns)
-
-
-def _targets_in(first: int, pieces: _Pieces, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Users whose target lies in the piece that begins at ``first``, and its columns."""
-    stop = min(first + pieces.size, pieces.block.stop)
-    users = ((targets >= first) & (targets < stop)).nonzero()[:, 0]
-    return users, targets[users] - first
+    counts[: len(items)] = items
+    return before(scores, target, counts, *seen)
 
 
 def _count(ones: Tensor) -> Tensor:
@@ -158,11 +183,11 @@ def sharded_topk(
 ) -> tuple[Tensor, Tensor]:
     """Scores and ids [U, k], see ``kernels.rank_and_topk.topk``; k is the same on all ranks."""
     with no_autocast(queries.device):
-        pieces = _Pieces(how, queries, seen_ids, seen_offsets)
+        pieces = _Pieces(how, queries, None, seen_ids, seen_offsets)
         best = pieces.queries.new_full((len(pieces.queries), k), -torch.inf)
         ids = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
-        for first, _, scores in pieces:
-            pieces.hide(first, scores)
+        for number, first, _, scores in pieces:
+            pieces.hide(number, first, scores)
             found, columns = scores.topk(min(k, scores.shape[1]), dim=1)
             best, ids = _merge([best, found], [ids, columns + first], k)
         pieces.check()

@@ -271,40 +271,41 @@ class Trainer:
         for share, plan in step_input.parts:
             self.problem.observe(share.batch, plan)
         self.vocabulary.begin_step([share.batch for share, _ in step_input.parts], self.optimizers, self.average)
-        total = 0.0 if self.pipeline is None else float(self.pipeline.progress()) / self.world.size
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.pipeline is not None:
+            total += self.pipeline.progress().double() / self.world.size
         for index, (share, plan) in enumerate(step_input.parts if self.pipeline is None else ()):
             part = share.num_events / step_input.num_events
             is_last = index == len(step_input.parts) - 1
             with contextlib.nullcontext() if is_last else self.engine.local():
                 loss = self._loss(share.batch, derive(seed, index), plan) * part
                 (loss * self.world.size).backward()
-            total += float(loss.detach())
+            total += loss.detach()
         norm = gradient_norm(self.model)
-        total, is_finite = self._exchange(total, norm)
+        found, is_finite = self._exchange(total, norm)
         if not is_finite:
-            self._stop_non_finite(step_input, seed, total)
+            self._stop_non_finite(step_input, seed, found)
         if self.config.optim.clip_norm is not None:
             clip_gradients(self.model, norm, self.config.optim.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
             self.average.update()
-        return total
+        return found
 
-    def _exchange(self, loss: float, norm: Tensor) -> tuple[float, bool]:
+    def _exchange(self, loss: Tensor, norm: Tensor) -> tuple[float, bool]:
         """The loss of all ranks and whether all of it is finite; what ranks decide together after the step.
 
-        One sum over ranks, as it is made at every step.
+        One sum over ranks, and the only time in a step that the trainer waits for the device. loss: float64 scalar.
         """
         minutes = self.config.run.save_every_minutes
         due = minutes is not None and time.monotonic() - self._last_save >= 60.0 * minutes
-        flags = [float(bool(torch.isfinite(norm))), float(due and self.world.is_first), *self._stop_flags()]
-        if self.world.size > 1:
-            values = torch.tensor([loss, *flags], dtype=torch.float64, device=self.device)
-            loss, *flags = self.world.sum(values).tolist()
-        self._save_due = flags[1] > 0
-        self._take_stop_flags(flags[2:])
-        return loss, math.isfinite(loss) and flags[0] == self.world.size
+        flags = [float(due and self.world.is_first), *self._stop_flags()]
+        values = torch.stack([loss, torch.isfinite(norm).to(loss), *(torch.full_like(loss, flag) for flag in flags)])
+        total, num_finite, *flags = self.world.sum(values).tolist()
+        self._save_due = flags[0] > 0
+        self._take_stop_flags(flags[1:])
+        return total, math.isfinite(total) and num_finite == self.world.size
 
     def _stop_flags(self) -> list[float]:
         return [float(self.stop_signal == number) for number in STOP_SIGNALS]

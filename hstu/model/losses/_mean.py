@@ -46,7 +46,7 @@ def weighted_mean(loss: Tensor, weights: Tensor | None, world: World | None = No
     if weights is None:
         if not several(world):
             return loss.mean(dtype=dtype)
-        return loss.sum(dtype=dtype) / over_ranks(torch.tensor(loss.shape[0], device=loss.device), world)
+        return loss.sum(dtype=dtype) / over_ranks(torch.full((), loss.shape[0], device=loss.device), world)
     weights = weights.to(dtype)
     return (loss * weights).sum() / weight_of_all(weights, world)
 

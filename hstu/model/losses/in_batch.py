@@ -28,7 +28,7 @@ def make_in_batch(config: LossConfig) -> Loss:
         bank_ids, counts = every.unique(return_counts=True)  # ascending
         log_count = counts.float().log()  # [K]
         if config.logq_correction:
-            log_frequency = log_count - counts.new_tensor(every.shape[0]).float().log()
+            log_frequency = log_count - counts.new_full((), every.shape[0]).float().log()
             log_q, label_log_q = log_frequency - log_count, log_frequency[torch.searchsorted(bank_ids, labels)]
         else:
             log_q, label_log_q = -log_count, None
