@@ -455,8 +455,6 @@ class Config:
         _check(average is None, "optim.average_decay", average, f"null {beside}")
         _check(self.model.similarity == "dot", "model.similarity", self.model.similarity,
                "dot with embedding.kind=sharded")  # fmt: skip
-        _check(self.model.dim % 4 == 0, "model.dim", self.model.dim,
-               "a multiple of 4 with embedding.kind=sharded, as fbgemm's kernels need")  # fmt: skip
 
 
 def published_row(config: Config) -> PublishedConfig | None:

@@ -19,6 +19,7 @@ from hstu.data.ranking_batches import Features
 from hstu.embedding import INIT_STD
 from hstu.errors import UserError
 from hstu.sharded_init import InitialValues
+from hstu.sharded_width import narrowed, own_columns, stored_width
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class FeatureTables(nn.Module):
         with torch.random.fork_rng(devices=[]):
             self.replicas = _PlainCollection({key: sizes[key] for key in self.whole}, self.dim)
         tables = {table_name(key): (size, [key]) for key, size in sizes.items() if key not in self.whole}
-        self.collection = make_collection(tables, self.dim, "meta", dtype) if tables else None
+        self.collection = make_collection(tables, stored_width(self.dim), "meta", dtype) if tables else None
         for key, size in sizes.items():
             if key in self.whole:
                 nn.init.normal_(self.replicas.embeddings[table_name(key)].weight.detach(), std=INIT_STD)  # type: ignore[operator, union-attr]
@@ -154,7 +155,7 @@ class FeatureTables(nn.Module):
             list(features.keys), features.values, lengths=lengths, length_per_key=counts, stride=stride
         )
         found = self.collection(keyed)
-        return [found[key].values() for key in features.keys]
+        return [own_columns(found[key].values(), self.dim) for key in features.keys]
 
 
 def spread(counts: Sequence[int]) -> Tensor:
@@ -180,9 +181,12 @@ def local_name(name: str) -> str:
 
 
 def _to_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in module.whole:
+    for key in module.keys:
         name = f"embeddings.{table_name(key)}.weight"
-        state[f"{prefix}collection.{name}"] = state.pop(f"{prefix}replicas.{name}")
+        if key in module.whole:
+            state[f"{prefix}collection.{name}"] = state.pop(f"{prefix}replicas.{name}")
+        else:
+            state[f"{prefix}collection.{name}"] = narrowed(state[f"{prefix}collection.{name}"], module.dim)
 
 
 def _from_local_names(module: FeatureTables, state: dict[str, Any], prefix: str, *unused: Any) -> None:

@@ -259,7 +259,7 @@ def from_options(options: Mapping[str, Any], given: tuple[str, ...] = ()) -> Pla
                 f"{section}.{key}={value} and model.{key}={model.get(key)}: two names of one size, give one"
             )
         model[key] = value
-    config = PlanConfig(
+    return PlanConfig(
         embedding=build(TablePlanConfig, table, "embedding."),
         cluster=build(ClusterConfig, dict(values.get("cluster") or {}), "cluster."),
         batch=build(BatchPlanConfig, batch, "batch."),
@@ -268,9 +268,6 @@ def from_options(options: Mapping[str, Any], given: tuple[str, ...] = ()) -> Pla
         precision=str(values.get("precision", "bfloat16")),
         out=values.get("out"),
     )
-    sharded, dim = config.embedding.kind == "sharded", config.model.dim
-    check(not sharded or dim % 4 == 0, "embedding.dim", dim, "a multiple of 4 for shards, as fbgemm's kernels need")
-    return config
 
 
 def _whole_numbers(value: Any) -> Any:

@@ -18,7 +18,7 @@ from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
 from hstu.plan_layers import fuxi_chunks, layer_bytes
 from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
 from hstu.plan_memory import dense_parameters
-from hstu.plan_tables import is_replicated, num_shards, optimizer_bytes
+from hstu.plan_tables import is_replicated, num_shards, optimizer_bytes, row_width
 from hstu.plan_work import Workload
 
 BACKWARD_ATTENTION = 2.5
@@ -96,7 +96,7 @@ def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
 def _lookup(config: PlanConfig, network: Network, what: str, rows: float) -> list[Transfer]:
     """Ids to the GPUs that have their rows, rows back, gradients there; rows: those that a GPU asks for."""
     each = DTYPE_BYTES[config.embedding.comm_dtype]
-    sharding, dim = config.embedding.sharding, config.model.dim
+    sharding, dim = config.embedding.sharding, row_width(config)
     copies = num_shards(config) if sharding == "column_wise" else 1
     if num_shards(config) < config.cluster.gpus:  # few GPUs have all rows
         rows = rows * config.cluster.gpus / num_shards(config)
@@ -242,7 +242,7 @@ def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
 
 def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
     """Lookups, and the update of the rows that were touched; a local table with AdamW is updated whole."""
-    table, dim = config.embedding, config.model.dim
+    table, dim = config.embedding, row_width(config)
     stored, gpus, shards = DTYPE_BYTES[table.dtype], config.cluster.gpus, num_shards(config)
     items = float(table.rows)
     if is_replicated(config):

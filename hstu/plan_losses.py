@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hstu.feature_tables import BAGS
 from hstu.plan_config import FLOAT, INT32, INT64, PlanConfig
-from hstu.plan_tables import is_replicated
+from hstu.plan_tables import is_replicated, row_width
 from hstu.plan_work import Workload
 from hstu.sharded_losses import MAX_DRAWS
 from kernels._common import CACHE_MIB, MIN_ROWS
@@ -121,11 +121,12 @@ def _sharded_loss(config: PlanConfig, work: Workload) -> LossMemory:
     """Positions of all GPUs against the rows of this one (``hstu/sharded_losses.py``); all float32."""
     gpus, row, l2 = config.cluster.gpus, FLOAT * config.model.dim, config.model.l2_normalize
     everyone, scored, count = work.tokens * gpus, scored_rows(config, work), config.loss.num_negatives
+    fetched = FLOAT * row_width(config)
     kept = everyone * (2 * row + INT64 + 3 * FLOAT + 1)  # all queries, the rows of their labels, numbers
     kept += gpus * 2 * BAGS * INT64  # lengths of the ids' rows, of events and of what is scored
-    workspace = 2 * everyone * row + 2 * scored * row  # gradients of all that
+    workspace = 2 * everyone * row + scored * (row + fetched)  # gradients of all that
     if l2:  # own queries and fetched rows before they are normalised; rows of events lie in the same storage
-        kept += work.tokens * 2 * row + scored * (row + 2 * FLOAT)
+        kept += work.tokens * (row + fetched) + scored * (fetched + 2 * FLOAT)
     if config.loss.name != "sampled_softmax":
         bank = bank_items(config, work)
         again = everyone * row + bank * row if config.torch_path else scored * row

@@ -19,7 +19,7 @@ from hstu.errors import UserError
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
 from hstu.plan_layers import early_workspace, input_bytes, layer_bytes, layer_workspace, output_bytes, shared_bytes
 from hstu.plan_losses import loss_memory
-from hstu.plan_tables import is_replicated, num_shards, shard_shape, table_bytes
+from hstu.plan_tables import is_replicated, num_shards, row_width, shard_shape, table_bytes
 from hstu.plan_work import Workload
 
 CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
@@ -123,5 +123,5 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
 
 def communication_buffers(config: PlanConfig, work: Workload, gradients: float) -> float:
     """Rows of the events and their ids on the way (sent and received at once), and DDP's buckets of gradients."""
-    rows = 0.0 if is_replicated(config) else 2 * work.tokens * (FLOAT * config.model.dim + INT64)
+    rows = 0.0 if is_replicated(config) else 2 * work.tokens * (FLOAT * row_width(config) + INT64)
     return rows + (gradients if config.cluster.gpus > 1 else 0.0)

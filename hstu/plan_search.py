@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from hstu.plan_config import PlanConfig
 from hstu.plan_cost import Step, plan_step
 from hstu.plan_memory import Memory, plan_memory
-from hstu.plan_tables import is_replicated
+from hstu.plan_tables import is_replicated, num_shards
 from hstu.plan_work import Workload
 
 MOST_GPUS = 2**15
 """No larger cluster is looked for."""
-COLUMN_UNIT = 4
-"""Widths of column shards are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def mends(config: PlanConfig) -> list[Mend]:
         for option, value in (("dtype", "bfloat16"), ("optimizer", "rowwise_adagrad"), ("sharding", "row_wise"),
                               ("sharding", "column_wise"), ("placement", "uvm_caching"),
                               ("placement", "uvm")):  # fmt: skip
-            cannot = value == "column_wise" and config.model.dim % COLUMN_UNIT
+            cannot = value == "column_wise" and num_shards(config.with_table(sharding=value)) == 1
             if getattr(table, option) != value and not cannot:
                 changes.append((_options({option: value}), config.with_table(**{option: value})))
         if table.dtype == "float32" and table.optimizer != "rowwise_adagrad":

@@ -9,6 +9,7 @@ import math
 
 from hstu.plan_config import DTYPE_BYTES, PlanConfig
 from hstu.sharded_plan import column_part, state_bytes
+from hstu.sharded_width import stored_width
 
 
 def is_replicated(config: PlanConfig) -> bool:
@@ -16,20 +17,25 @@ def is_replicated(config: PlanConfig) -> bool:
     return config.embedding.kind == "local"
 
 
+def row_width(config: PlanConfig) -> int:
+    """Columns that a row is stored with, and sent."""
+    return config.model.dim if is_replicated(config) else stored_width(config.model.dim)
+
+
 def num_shards(config: PlanConfig) -> int:
     """GPUs over which the table lies."""
     sharding, gpus = config.embedding.sharding, config.cluster.gpus
     if is_replicated(config) or sharding == "table_wise":
         return 1
-    return config.model.dim // column_part(config.model.dim, gpus) if sharding == "column_wise" else gpus
+    return row_width(config) // column_part(config.model.dim, gpus) if sharding == "column_wise" else gpus
 
 
 def shard_shape(config: PlanConfig) -> tuple[int, int]:
     """Rows and columns of the largest shard; the padding row counts."""
     rows, shards = config.embedding.rows + 1, num_shards(config)
     if config.embedding.sharding == "column_wise":
-        return rows, config.model.dim // shards
-    return math.ceil(rows / shards), config.model.dim
+        return rows, row_width(config) // shards
+    return math.ceil(rows / shards), row_width(config)
 
 
 def table_bytes(config: PlanConfig) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from hstu.feature_tables import has_torchrec
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
 from hstu.plan_losses import scored_rows
 from hstu.plan_memory import Memory
-from hstu.plan_tables import is_replicated, table_bytes
+from hstu.plan_tables import is_replicated, row_width, table_bytes
 from hstu.plan_work import Workload
 from hstu.sharded_plan import column_part, quiet
 
@@ -87,7 +87,7 @@ def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch
     table, cluster, sheet = config.embedding, config.cluster, config.cluster.sheet
     names = ["events", "scored"]
     described = EmbeddingConfig(
-        name=TABLE, num_embeddings=table.rows + 1, embedding_dim=config.model.dim, feature_names=names,
+        name=TABLE, num_embeddings=table.rows + 1, embedding_dim=row_width(config), feature_names=names,
         data_type=types[table.dtype],
     )  # fmt: skip
     module = EmbeddingCollection(tables=[described], device=torch.device("meta"))

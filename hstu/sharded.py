@@ -32,8 +32,9 @@ from hstu.optim import table_rate, table_rule
 from hstu.sharded_init import InitialValues
 from hstu.sharded_kernel import TorchKernel
 from hstu.sharded_losses import Scored, exact_loss, scored_by
-from hstu.sharded_plan import FUSED_ON_CPU, TableShape, fused_params, make_plan, make_sharder, quiet
+from hstu.sharded_plan import ROWWISE, TableShape, fused_params, make_plan, make_sharder, moved_by_fbgemm, quiet
 from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
+from hstu.sharded_width import is_padded, narrowed, own_columns, stored_width, stretch_gradients, stretch_of
 from hstu.table_optim import Rule
 
 # torchrec's state dicts are of the class that torch says so about, again at every line that reads them.
@@ -59,7 +60,8 @@ class ShardedItemTable(ItemTable):
         self.num_items, self.dim, self.l2_normalize, self.eps = num_items, dim, l2_normalize, eps
         self.num_live = num_items
         self.initial = InitialValues.take(num_items + 1, dim, _truncated_normal)
-        self.collection: Any = make_collection({TABLE: (num_items + 1, [EVENTS, SCORED])}, dim, "meta", dtype)
+        table = {TABLE: (num_items + 1, [EVENTS, SCORED])}
+        self.collection: Any = make_collection(table, stored_width(dim), "meta", dtype)
         self.world = World()
         self._expected: Scored | None = None
         self._rows: Tensor | None = None
@@ -78,8 +80,11 @@ class ShardedItemTable(ItemTable):
         if torch.is_inference_mode_enabled():  # fbgemm's lookups are not there in it
             with torch.inference_mode(False), torch.no_grad():
                 return self._fetch(events.clone(), scored.clone())
-        found = self.collection(self.keyed(events, scored))
-        return found[EVENTS].values(), found[SCORED].values()
+        return self._own(self.collection(self.keyed(events, scored)))
+
+    def _own(self, found: Any) -> tuple[Tensor, Tensor]:
+        """Embeddings of events [n, D] and of what is scored [K, D], of what the collection has found."""
+        return own_columns(found[EVENTS].values(), self.dim), own_columns(found[SCORED].values(), self.dim)
 
     def keyed(self, events: Tensor, scored: Tensor) -> Any:
         """Ids [n] and [K] as the collection takes them."""
@@ -94,7 +99,7 @@ class ShardedItemTable(ItemTable):
     @contextmanager
     def given(self, found: Any, scored: Scored) -> Iterator[None]:
         """Inside, :meth:`expect` and :meth:`lookup` take what the collection has found already."""
-        self._given, self._expected = (found[EVENTS].values(), found[SCORED].values()), scored
+        self._given, self._expected = self._own(found), scored
         try:
             yield
         finally:
@@ -175,7 +180,8 @@ def _truncated_normal(block: Tensor, generator: torch.Generator) -> None:
 
 
 def _to_local_name(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    state[f"{prefix}weight"] = state.pop(f"{prefix}collection.embeddings.{TABLE}.weight")
+    stored = state.pop(f"{prefix}collection.embeddings.{TABLE}.weight")
+    state[f"{prefix}weight"] = narrowed(stored, module.dim)  # type: ignore[arg-type]
 
 
 def _from_local_name(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
@@ -189,23 +195,33 @@ class FusedTables(torch.optim.Optimizer):
     ``param_groups`` is one group without parameters, whose ``lr`` and ``lr_factor`` are those of the tables.
     """
 
-    def __init__(self, dmp: Any, collections: dict[str, Any], rule: Rule, lr: float, lr_factor: float) -> None:
+    def __init__(
+        self, dmp: Any, collections: dict[str, Any], by_fbgemm: bool, rule: Rule, dim: int, lr: float,
+        lr_factor: float,
+    ) -> None:  # fmt: skip
         super().__init__([{"params": []}], {"lr": lr, "lr_factor": lr_factor})
+        self.dim = dim
         self.fused, self.collections = dmp.fused_optimizer, collections
         self.steps = torch.zeros((), dtype=torch.int64)
         self.kernels = [kernel for c in collections.values() for lookup in c._lookups for kernel in _kernels(lookup)]
         self.in_torch: list[TorchKernel] = []
         """What moves rows in place of fbgemm, for each of ``kernels``; empty where fbgemm does."""
-        if rule.name not in FUSED_ON_CPU and dmp.device.type == "cpu":
-            self.in_torch = [TorchKernel(kernel, rule) for kernel in self.kernels]
+        self.stretch = 1.0
+        """Of the gradients that fbgemm sees, see ``hstu/sharded_width.py``."""
+        if not by_fbgemm:
+            self.in_torch = [TorchKernel(kernel, rule, dim) for kernel in self.kernels]
             for kernel, ours in zip(self.kernels, self.in_torch, strict=True):
                 kernel.forward = ours.forward
+        elif rule.name in ROWWISE and is_padded(dim):
+            self.stretch = stretch_of(dim)
+            for kernel in self.kernels:
+                stretch_gradients(kernel, self.stretch)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Tells the kernels the rate and the number of the step that begins."""
         rate, step = self.param_groups[0]["lr"], int(self.steps)
         for group in self.fused.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate / self.stretch
         self.fused.zero_grad()
         for ours in self.in_torch:
             for part in ours.shards:
@@ -225,7 +241,7 @@ class FusedTables(torch.optim.Optimizer):
         else:
             found = {}
             for name, fields in self.fused.state_dict()["state"].items():
-                found[name] = {field.rpartition(".")[2]: value for field, value in fields.items()}
+                found[name] = {field.rpartition(".")[2]: narrowed(value, self.dim) for field, value in fields.items()}
         return {_local_name(name): {"step": self.steps, **fields} for name, fields in found.items()}
 
     def _torch_states(self) -> dict[str, dict[str, Any]]:
@@ -239,7 +255,7 @@ class FusedTables(torch.optim.Optimizer):
                         key, part = f"embeddings.{table.name}.weight", next(places)
                         fields = found.setdefault(f"{path}.{key}", {})
                         for field, value in part.state.items():
-                            fields[field] = _like(weights[key], value)
+                            fields[field] = _like(narrowed(weights[key], self.dim), value)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,16 +278,16 @@ def _like(weight: Any, value: Tensor) -> Any:
     metadata, rowwise = copy.deepcopy(weight.metadata()), value.ndim == 1
     own = weight.local_shards()[0].metadata
 
+    columns = sorted({shard.shard_offsets[1] for shard in metadata.shards_metadata})
+
     def cut(shard: Any) -> Any:
         offsets, sizes = list(shard.shard_offsets), list(shard.shard_sizes)
         if rowwise:  # column shards each have a number a row: one after another
-            columns = offsets[1] // sizes[1]
-            offsets, sizes = [offsets[0] + columns * weight.shape[0]], sizes[:1]
+            offsets, sizes = [offsets[0] + columns.index(offsets[1]) * weight.shape[0]], sizes[:1]
         return ShardMetadata(offsets, sizes, shard.placement)
 
     if rowwise:
-        parts = len({shard.shard_offsets[1] for shard in metadata.shards_metadata})
-        metadata.size = torch.Size([parts * weight.shape[0]])
+        metadata.size = torch.Size([len(columns) * weight.shape[0]])
     metadata.shards_metadata = [cut(shard) for shard in metadata.shards_metadata]
     metadata.tensor_properties.dtype = value.dtype
     return ShardedTensor._init_from_local_shards_and_global_metadata([Shard(value, cut(own))], metadata)
@@ -304,7 +320,9 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
     ensure_process_group(world.device)
     rate, rule = table_rate(config), table_rule(config)
     with quiet():
-        params = fused_params(embedding, world.device, rate, rule)
+        (dim,) = {table.dim for table in tables}
+        by_fbgemm = moved_by_fbgemm(embedding, world.device, dim)
+        params = fused_params(embedding, by_fbgemm, rate, rule)
         sharder = make_sharder(embedding, world.device, params)
         plan = make_plan(model, embedding, world, sharder, tables)
         dmp = DistributedModelParallel(
@@ -316,6 +334,7 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
             is_item = isinstance(owner, ShardedItemTable)
             if is_item:
                 owner.world = world
+            _clear_spare_columns(owner.collection, owner.dim)
             if initial:
                 _fill(owner.collection, [owner.initial] if is_item else owner.initial)
                 if is_item:
@@ -324,7 +343,7 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
         collections = {f"{path}.collection": owner.collection for path, owner in owners.items()}
         inside = tuple(f"{path}." for path in collections)
         model.sharded_names = [name for name, _ in model.named_parameters() if name.startswith(inside)]  # type: ignore[assignment]
-        return FusedTables(dmp, collections, rule, rate, rate / config.optim.lr)
+        return FusedTables(dmp, collections, by_fbgemm, rule, dim, rate, rate / config.optim.lr)
 
 
 def ensure_process_group(device: torch.device) -> None:
@@ -371,9 +390,15 @@ def _check_table_names(model: nn.Module, embedding: EmbeddingConfig) -> None:
 
 def _fill(collection: Any, initial: list[InitialValues]) -> None:
     for weight, values in zip(collection.state_dict().values(), initial, strict=True):
-        for part in weight.local_shards():
+        for part in narrowed(weight, values.dim).local_shards():
             first_row, first_column = part.metadata.shard_offsets
             values.write(part.tensor.detach(), first_row, first_column)
+
+
+def _clear_spare_columns(collection: Any, dim: int) -> None:
+    for weight in collection.state_dict().values():
+        for part in weight.local_shards():
+            part.tensor.detach()[:, max(0, dim - part.metadata.shard_offsets[1]) :].zero_()
 
 
 def _clear_padding(collection: Any) -> None:

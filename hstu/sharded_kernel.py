@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hstu.sharded_width import own_columns
 from hstu.table_optim import Rule
 
 
@@ -22,19 +23,25 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, ids: Tensor, shard: Shard) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.shard = shard
-        return shard.weight[ids].float()
+        return nn.functional.pad(shard.weight[ids].float(), (0, shard.padding))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        ctx.shard.learn(ctx.saved_tensors[0], grad)
-        return grad.new_zeros(()), None, None
+        ctx.shard.learn(ctx.saved_tensors[0], own_columns(grad, ctx.shard.weight.shape[1]))
+        return grad.new_zeros((), device="cpu"), None, None
 
 
 class Shard:
-    """A part of a table on this rank: weight [n, d], its optimizer's state, and what its next step is."""
+    """A part of a table on this rank: weight [n, d], its optimizer's state, and what its next step is.
 
-    def __init__(self, weight: Tensor, rule: Rule) -> None:
-        self.weight, self.rule, self.state = weight, rule, rule.state(weight)
+    Args:
+        stored: [n, d + padding], of which weight is a view.
+        dim: d.
+    """
+
+    def __init__(self, stored: Tensor, rule: Rule, dim: int) -> None:
+        self.weight, self.padding = own_columns(stored, dim), stored.shape[1] - dim
+        self.rule, self.state = rule, rule.state(self.weight)
         self.lr, self.step = 0.0, 0
 
     def learn(self, ids: Tensor, grad: Tensor) -> None:
@@ -46,11 +53,18 @@ class Shard:
 
 
 class TorchKernel(nn.Module):
-    """Takes the place of the forward of torchrec's ``BatchedFusedEmbedding``, table by table."""
+    """Takes the place of the forward of torchrec's ``BatchedFusedEmbedding``, table by table.
 
-    def __init__(self, kernel: Any, rule: Rule) -> None:
+    Args:
+        kernel: torchrec's.
+        dim: of the tables; what is stored may be wider.
+    """
+
+    def __init__(self, kernel: Any, rule: Rule, dim: int) -> None:
         super().__init__()
-        self.shards = [Shard(weight, rule) for weight in kernel.split_embedding_weights()]
+        firsts = [table.local_metadata.shard_offsets[1] for table in kernel.config.embedding_tables]
+        stored = zip(kernel.split_embedding_weights(), firsts, strict=True)
+        self.shards = [Shard(weight, rule, min(weight.shape[1], dim - first)) for weight, first in stored]
         self.num_features = [config.num_features() for config in kernel.config.embedding_tables]
         self.anchor = torch.zeros((), requires_grad=True)
         """A leaf without meaning: autograd asks for one to come to the backward."""

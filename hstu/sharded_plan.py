@@ -21,6 +21,7 @@ from hstu.config_embedding import PLANNED, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.feature_tables import table_name
+from hstu.sharded_width import UNIT, is_padded, stored_width
 from hstu.table_optim import Rule
 
 GIB = 2**30
@@ -31,6 +32,7 @@ EMB_OPTIMIZERS = {
     "rowwise_adam": "PARTIAL_ROWWISE_ADAM",
 }  # fmt: skip
 """Names of the optimizers in fbgemm."""
+ROWWISE = ("rowwise_adagrad", "rowwise_adam")
 FUSED_ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
 """Those with a fused kernel on the CPU; the others run in torch there, see ``hstu/sharded_kernel.py``."""
 TORCHREC_NAMES = {"grid": "grid_shard"}
@@ -48,7 +50,9 @@ class TableShape:
 
     def describe(self, config: EmbeddingConfig) -> str:
         """Name, shape and size with the optimizer's state."""
-        return f"{self.name} {self.num_rows:,} x {self.dim} {_gib(table_bytes(config, self.num_rows, self.dim))}"
+        stored = f" (stored as {stored_width(self.dim)})" if is_padded(self.dim) else ""
+        size = table_bytes(config, self.num_rows, self.dim)
+        return f"{self.name} {self.num_rows:,} x {self.dim}{stored} {_gib(size)}"
 
 
 @contextmanager
@@ -77,8 +81,9 @@ def state_bytes(optimizer: str, num_rows: int, dim: int) -> int:
 
 
 def table_bytes(config: EmbeddingConfig, num_rows: int, dim: int) -> int:
-    """Bytes of a whole table with its optimizer's state."""
-    return num_rows * dim * getattr(torch, config.dtype).itemsize + state_bytes(config.optimizer, num_rows, dim)
+    """Bytes of a whole table, as wide as it is stored, with its optimizer's state."""
+    width = stored_width(dim)
+    return num_rows * width * getattr(torch, config.dtype).itemsize + state_bytes(config.optimizer, num_rows, width)
 
 
 def host_bytes() -> int:
@@ -168,18 +173,31 @@ def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int
     """
     wanted = sharding_of(config, table.name)
     allowed = list(PLANNED) if wanted == "auto" else [wanted]
+    if wanted == "auto" and is_padded(table.dim) and config.optimizer in ROWWISE:
+        allowed.remove("column_wise")  # one number a row wants one stretch of the gradients
     for sharding, parts in (("row_wise", num_ranks), ("grid", node_size)):
         if -(-table.num_rows // parts) * (parts - 1) >= table.num_rows and parts > 1:
             allowed = [name for name in allowed if name != sharding]
     return allowed or ["table_wise"]
 
 
-def fused_params(config: EmbeddingConfig, device: torch.device, lr: float, rule: Rule) -> dict[str, Any]:
-    """What fbgemm's kernel is told about the optimizer."""
+def moved_by_fbgemm(config: EmbeddingConfig, device: torch.device, dim: int) -> bool:
+    """Whether fbgemm's kernels can move the rows of tables of width ``dim``, else ``hstu/sharded_kernel.py``.
+
+    Padded rows of row-wise Adam are not fbgemm's, see ``hstu/sharded_width.py``, nor those of row-wise Adagrad where
+    they are cut into parts, of which only the last is padded.
+    """
+    in_parts = not {"column_wise", "grid"}.isdisjoint({config.sharding, *config.tables.values()})
+    if is_padded(dim) and (config.optimizer == "rowwise_adam" or (config.optimizer in ROWWISE and in_parts)):
+        return False
+    return device.type == "cuda" or config.optimizer in FUSED_ON_CPU
+
+
+def fused_params(config: EmbeddingConfig, by_fbgemm: bool, lr: float, rule: Rule) -> dict[str, Any]:
+    """What fbgemm's kernel is told about the optimizer, which has no state where rows move in torch."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 
-    fused = device.type == "cuda" or config.optimizer in FUSED_ON_CPU
-    name = EMB_OPTIMIZERS[config.optimizer] if fused else "EXACT_SGD"
+    name = EMB_OPTIMIZERS[config.optimizer] if by_fbgemm else "EXACT_SGD"
     params: dict[str, Any] = {
         "optimizer": getattr(EmbOptimType, name), "learning_rate": lr, "eps": rule.eps, "output_dtype": SparseType.FP32,
     }  # fmt: skip
@@ -261,17 +279,30 @@ def _check_nodes(world: World) -> None:
 
 
 def _least_columns(sharding: str, dim: int, num_ranks: int, node_size: int) -> int | None:
-    """Width of a shard where a table is cut by columns: over the ranks, or in a grid over the nodes; else None."""
-    pieces = {"column_wise": num_ranks, "grid": num_ranks // node_size}
-    return column_part(dim, pieces[sharding]) if sharding in pieces else None
+    """Width of a shard where a table is cut by columns: over the ranks, or in a grid over the nodes; else None.
 
-
-def column_part(dim: int, size: int) -> int:
-    """Least width of a column shard: that of as many shards as ranks, where it is a multiple of 4 that divides ``dim``.
+    node_size: ranks of a node.
 
     Raises UserError where the width cannot be cut.
     """
-    for parts in range(size, 0, -1):
-        if dim % parts == 0 and (dim // parts) % 4 == 0:
-            return dim // parts
-    raise UserError(f"embedding: column_wise cuts a width into multiples of 4, model.dim={dim} is none; take row_wise")
+    pieces = {"column_wise": num_ranks, "grid": num_ranks // node_size}
+    if sharding not in pieces:
+        return None
+    num_parts = pieces[sharding]
+    part = column_part(dim, num_parts)
+    if num_parts > 1 and part == stored_width(dim):
+        raise UserError(
+            f"embedding: {sharding} cuts rows into parts of one width, a multiple of {UNIT}; rows of {part} "
+            f"(model.dim={dim}) have none for {num_parts}: take row_wise, or model.dim={stored_width(dim + UNIT)}"
+        )
+    return part
+
+
+def column_part(dim: int, size: int) -> int:
+    """Least width of a column shard: that of as many shards as ranks, or of fewer where the width is not cut so.
+
+    Shards are of one width, a multiple of 4; of a width such as 52 = 4 x 13 there is one alone.
+    """
+    width = stored_width(dim)
+    parts = next(parts for parts in range(size, 0, -1) if width % (parts * UNIT) == 0)
+    return width // parts

@@ -177,8 +177,7 @@ def reset_rows(
             place = next(i for i, p in enumerate(model.parameters()) if p is table.weight)
             average.values[place][rows] = values
         return
-    weight = table.collection.state_dict()["embeddings.item.weight"]  # type: ignore[operator, union-attr]
-    _write(weight, rows, values, table.num_items + 1)
+    _write(table.state_dict()["weight"], rows, values, table.num_items + 1)
     for optimizer in optimizers:
         states = optimizer.states() if hasattr(optimizer, "states") else {}
         for field in states.get("table.rows.weight", {}).values():

@@ -133,17 +133,11 @@ def test_a_run_with_narrow_sharded_rows_is_evaluated_so(runs: dict[str, Path], t
         ("retrieval", {"embedding": "both"}, "embedding='both': expected one of local, sharded"),
         ("retrieval", {"split": "train"}, "split=train: expected test or validation"),
         ("ranking", {"eval": {"ks": [5]}}, "eval.ks=[5]: "),
-        ("width", {"embedding": "sharded"}, "model.dim=6: expected a multiple of 4 with embedding.kind=sharded"),
     ],
-    ids=["kind", "split", "option of retrieval", "width"],
+    ids=["kind", "split", "option of retrieval"],
 )
-def test_all_ranks_refuse_alike(
-    runs: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any], message: str
-) -> None:
-    folder = runs.get(name, tmp_path)
-    if name == "width":
-        folder = copied(runs["retrieval"], tmp_path / "run", "model", dim=6)
-    (first, shown, *_), (second, *_) = run_ranks(2, evaluate_on_rank, options_of(folder, **changes))
+def test_all_ranks_refuse_alike(runs: dict[str, Path], name: str, changes: dict[str, Any], message: str) -> None:
+    (first, shown, *_), (second, *_) = run_ranks(2, evaluate_on_rank, options_of(runs[name], **changes))
     assert first == second and message in first and shown == ""
 
 
