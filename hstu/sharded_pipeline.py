@@ -6,10 +6,15 @@
 TrainPipelineSparseDist traces a module that calls the collection with an attribute of its batch. That module is made
 here: the item table's collection, then the whole model with the rows that came. A batch enters up to two steps ahead:
 what its loss will score is known from its labels and its seed.
+
+Managed rows change from step to step, by the ids of the steps alone. A copy of the map runs ahead: it takes ids in when
+they enter. The model's own map takes them in when their step begins, and only then rows begin anew. So every step finds
+the rows that it was sent for, and what is saved, logged and evaluated between steps is as of that step.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,7 +24,9 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.streamable import Pipelineable
 
+from hstu.data.batches import Batch
 from hstu.errors import UserError
+from hstu.item_rows import ItemRows, ManagedRows, MappedTable
 from hstu.model.retrieval import NEGATIVES_SEED, RetrievalModel
 from hstu.seeding import derive
 from hstu.sharded import ShardedItemTable
@@ -94,14 +101,18 @@ class Pipeline:
     def __init__(
         self, model: Any, loss: Callable[[StepInput, int], Tensor], seed_of: Callable[[int], int]
     ) -> None:  # fmt: skip
-        if not isinstance(model, RetrievalModel) or not isinstance(model.table, ShardedItemTable):
-            raise UserError(
-                "embedding.pipeline=true: expected a retrieval model with embedding.kind=sharded and ids=exact"
-            )
-        self.model, self.table, self.seed_of = model, model.table, seed_of
+        table: Any = model.table
+        self.item_rows: ItemRows | None = None
+        if isinstance(model.table, MappedTable):
+            table, self.item_rows = model.table.rows, model.table.item_rows
+        if not isinstance(model, RetrievalModel) or not isinstance(table, ShardedItemTable):
+            raise UserError("embedding.pipeline=true: expected a retrieval model whose item table is sharded")
+        self.model, self.table, self.seed_of = model, table, seed_of
+        self.ahead = self.item_rows
+        """The map as of the batch that entered last; None: every item has its own row."""
         with quiet():
             self.pipeline: Any = TrainPipelineSparseDist(
-                _Step(model.table, loss), _NoOptimizer(), model.table.world.device  # type: ignore[arg-type]
+                _Step(table, loss), _NoOptimizer(), table.world.device  # type: ignore[arg-type]
             )  # fmt: skip
         self.attached = True
         self._waiting: deque[StepInput] = deque()
@@ -113,6 +124,8 @@ class Pipeline:
         """
         self._source, self._fed = iter(inputs), 0
         self._waiting.clear()
+        if isinstance(self.item_rows, ManagedRows):
+            self.ahead = copy.deepcopy(self.item_rows)
         self._batches = self._make_batches()  # a new object: the pipeline remembers that the last one ended
         if not self.attached:
             self.pipeline.attach()
@@ -154,5 +167,15 @@ class Pipeline:
             batch, table, loss = share.batch, self.table, self.model.loss_config
             assert loss is not None
             own_seed = derive(seed, NEGATIVES_SEED)
-            scored = scored_by(loss, table.world, batch.labels, batch.random_rows, table.num_items, own_seed)
-            yield _Batch(table.keyed(batch.item_ids, scored.ids), scored, step_input, seed)
+            ids, labels, num_live = self._mapped(batch)
+            scored = scored_by(loss, table.world, labels, batch.random_rows, num_live, own_seed)
+            yield _Batch(table.keyed(ids, scored.ids), scored, step_input, seed)
+
+    def _mapped(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Rows [L] of the inputs and of the labels of the batch that enters, and how many rows are in use then."""
+        rows = self.ahead
+        if rows is None:
+            return batch.item_ids, batch.labels, self.table.num_items
+        if isinstance(rows, ManagedRows):
+            rows.take_in(self.table.world.gather(batch.predicted_items))
+        return rows.rows(batch.item_ids), rows.rows(batch.labels), rows.num_live
