@@ -8,6 +8,7 @@ Legend: ``M`` targets, ``U`` users, ``E`` events, ``S`` seen items of all target
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,14 +49,19 @@ def training_rows(store: SequenceStore, train_end: np.ndarray) -> tuple[np.ndarr
     return expand(np.asarray(store.offsets)[:-1], np.asarray(train_end))
 
 
-def popularity(store: SequenceStore, train_end: np.ndarray) -> np.ndarray:
-    """Number of training events of each item, int64 [num_items + 1]; row 0 is padding and 0."""
+def training_row_blocks(store: SequenceStore, train_end: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of :func:`training_rows` in blocks of whole users, about :data:`BLOCK_ROWS` each."""
     offsets, train_end = np.asarray(store.offsets), np.asarray(train_end)
-    counts = np.zeros(store.num_items + 1, np.int64)
     cuts = np.searchsorted(offsets, np.arange(0, int(offsets[-1]), BLOCK_ROWS))
     edges = np.unique(np.concatenate([[0], cuts, [len(train_end)]]))
     for first, last in zip(edges[:-1], edges[1:], strict=True):  # users first .. last
-        rows, _ = expand(offsets[first:last], train_end[first:last])
+        yield expand(offsets[first:last], train_end[first:last])[0]
+
+
+def popularity(store: SequenceStore, train_end: np.ndarray) -> np.ndarray:
+    """Number of training events of each item, int64 [num_items + 1]; row 0 is padding and 0."""
+    counts = np.zeros(store.num_items + 1, np.int64)
+    for rows in training_row_blocks(store, train_end):
         counts += np.bincount(store.item_ids[rows], minlength=len(counts))
     return counts
 

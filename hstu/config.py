@@ -264,10 +264,11 @@ class RunConfig:
     batch_tokens: int | None = None
     """Token budget per batch instead of a number of users."""
     reader: str = "draw"
-    """draw: every batch is drawn from all users. stream: for a log beyond memory (``data.shards``, retrieval): each
-    rank reads its own shards from front to back through a shuffle buffer."""
+    """draw: every batch is drawn from all users. stream: for a log beyond memory (``data.shards``): each rank reads its
+    own shards from front to back through a shuffle buffer."""
     buffer_users: int = 65536
-    """reader=stream: users in the shuffle buffer of a rank. More mix better; their events are held in memory."""
+    """reader=stream: users (ranking: sequences) in the shuffle buffer of a rank. More mix better; their events are held
+    in memory."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     selection: str = "validation"
     """validation: second-last item held out, best epoch by validation, test reported once.
@@ -429,7 +430,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.run.reader == "stream":
             beside = "with run.reader=stream"
-            _check(self.ranking is None, "ranking", "a ranking model", f"none {beside}, which is for retrieval")
+            progressive = self.ranking is not None and self.ranking.mode == "progressive"
+            _check(not progressive, "ranking.mode", "progressive",
+                   f"epochs {beside}, which reads by user; hstu-stream goes through a log in time order")  # fmt: skip
             _check(self.loss.event_weights == "none", "loss.event_weights", self.loss.event_weights, f"none {beside}")
         if self.embedding.kind == "sharded":
             self._check_sharded()

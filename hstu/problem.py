@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from hstu import metrics, ranking_metrics
-from hstu.baselines import training_rows
+from hstu.baselines import training_row_blocks
 from hstu.config import Config
 from hstu.data.batches import EventColumns, TrainBatches
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import ProgressiveBatches, RankingBatches
+from hstu.data.ranking_stream import RankingStreamBatches
 from hstu.data.shard_stream import StreamBatches
 from hstu.data.share import EVENT_WORK, Ranks, Share
 from hstu.data.splits import Split, Targets, make_event_split, make_split
@@ -200,7 +201,10 @@ class Ranking(ActionProblem):
             if len(self.targets) == 0:
                 raise UserError("no event is held out; take an earlier data.split_time or run.selection=reference")
             self._check_select_metric()
-            self.data = RankingBatches(self.ranking_data, self.split, config)
+            if config.run.reader == "stream":
+                self.data = RankingStreamBatches(self.ranking_data, config, world)
+            else:
+                self.data = RankingBatches(self.ranking_data, self.split, config)
         self.model = build_model(config, store, self.ranking_data, self._priors()).to(self.device)
         self.predictions: ProgressivePredictions | None = None
         if self.progressive and world.is_first:
@@ -222,7 +226,7 @@ class Ranking(ActionProblem):
         """Of the training labels; progressive: of the first step's, whose predictions are not scored."""
         if self.progressive:
             return self.ranking_data.priors(self.data.rows(0), need_all=False)
-        return self.ranking_data.priors(training_rows(self.store, self.split.train_end)[0])
+        return self.ranking_data.priors(training_row_blocks(self.store, self.split.train_end))
 
     @torch.no_grad()
     def observe(self, batch: Any, plan: Any) -> None:

@@ -5,6 +5,7 @@ Legend: U users, E events of the store, L events at hand, S sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,9 +17,13 @@ from hstu.data.features import (
     DERIVED,
     MISSING,
     Coded,
+    Encoded,
+    Moments,
     event_feature,
     item_feature,
+    joined_moments,
     mean_and_scale,
+    moments,
     time_feature,
     user_feature,
 )
@@ -29,9 +34,13 @@ if TYPE_CHECKING:
 
 _CHUNK_ROWS = 1 << 22
 
+EventColumns = Mapping[str, np.ndarray]
+"""Raw columns of the events at hand [L] by name, ``actions`` among them; where they were read before."""
+
 
 class RankingData:
-    """What a ranking model knows of a store: labels, actions and features, checked once.
+    """What a ranking model knows of a store: labels, actions and features, checked once. Columns of users and events
+    stay on disk.
 
     Raises UserError for a column that is not there, a label or an action outside the values that the config names.
     """
@@ -63,9 +72,31 @@ class RankingData:
                 )
         for start in range(0, store.num_events, _CHUNK_ROWS):
             rows = np.arange(start, min(start + _CHUNK_ROWS, store.num_events))
+            found = {name: column[start : start + _CHUNK_ROWS] for name, column in self.columns.items()}
             for name in config.tasks:
-                self.label(name, rows)
-            self.action_bits(rows)
+                self.label(name, rows, found)
+            self.action_bits(rows, found)
+
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The store's event columns, raw, that labels, action bits and :meth:`event_values` are made of."""
+        store, tasks = self.store, self.config.tasks
+        wanted = [(f"ranking.tasks.{n}.column", t.column) for n, t in tasks.items()]
+        wanted += [(f"ranking.tasks.{n}.mask_column", t.mask_column) for n, t in tasks.items() if t.mask_column]
+        wanted += [(f"ranking.actions.{n}", n) for n in self.config.actions]
+        wanted += [(f"ranking.event_features.{n}", n) for n in self.event_features]
+        found = {}
+        for where, name in wanted:
+            column = store.actions if name == "actions" else store.columns.get(name)
+            if column is None:
+                names = [*(["actions"] if store.actions is not None else []), *sorted(store.columns)]
+                raise UserError(f"{where}={name}: {store.path} has no such column; it has {', '.join(names) or 'none'}")
+            found[name] = column
+        return found
+
+    def _values(self, column: str, rows: np.ndarray, events: EventColumns | None) -> np.ndarray:
+        """float32 [L], a copy."""
+        return np.array(self.columns[column][rows] if events is None else events[column], np.float32)
 
     # Labels
 
@@ -75,41 +106,42 @@ class RankingData:
         rows = np.arange(self.store.num_events)
         return {name: self.label(name, rows) for name in self.config.tasks}
 
-    def label(self, task: str, rows: np.ndarray) -> np.ndarray:
+    def label(self, task: str, rows: np.ndarray, events: EventColumns | None = None) -> np.ndarray:
         """float32 [L] label of the events ``rows``, NaN where it is missing or masked.
 
         binary: 0 or 1; multiclass and ordinal: the index of the level; regression: the raw value.
         """
         config = self.config.tasks[task]
-        where = f"ranking.tasks.{task}"
-        values = _values(self.store, config.column, rows, f"{where}.column")
+        values = self._values(config.column, rows, events)
         if config.mask_column is not None:
-            mask = _values(self.store, config.mask_column, rows, f"{where}.mask_column")
-            values[np.nan_to_num(mask) == 0] = np.nan
-        return _label(values, config, where, rows)
+            values[np.nan_to_num(self._values(config.mask_column, rows, events)) == 0] = np.nan
+        return _label(values, config, f"ranking.tasks.{task}", rows)
 
-    def priors(self, rows: np.ndarray, need_all: bool = True) -> dict[str, list[float]]:
-        """What the labels of the events ``rows`` are like, by task: the rate [1] (binary), the share of each level
-        [C] (multiclass, ordinal), the mean and standard deviation [2] after the transform (regression).
+    def priors(self, rows: np.ndarray | Iterable[np.ndarray], need_all: bool = True) -> dict[str, list[float]]:
+        """What the labels of the events ``rows``, perhaps in parts, are like, by task: the rate [1] (binary), the share
+        of each level [C] (multiclass, ordinal), the mean and standard deviation [2] after the transform (regression).
 
         need_all: raises UserError for a task without any label there; else it is left out.
         """
+        tasks, num_rows = self.config.tasks, 0
+        levels = {name: np.zeros(len(task.levels), np.int64) for name, task in tasks.items()}
+        values: dict[str, list[Moments]] = {name: [] for name in tasks}
+        for part in [rows] if isinstance(rows, np.ndarray) else rows:
+            num_rows += len(part)
+            for name, task in tasks.items():
+                label = self.label(name, part)
+                label = label[~np.isnan(label)].astype(np.float64)
+                values[name].append(moments(np.log1p(label) if task.transform == "log1p" else label))
+                if task.levels:
+                    levels[name] += np.bincount(label.astype(np.int64), minlength=len(task.levels))
         found = {}
-        for name, task in self.config.tasks.items():
-            label = self.label(name, rows)
-            label = label[~np.isnan(label)].astype(np.float64)
-            if len(label) == 0:
-                if need_all:
-                    raise UserError(f"ranking.tasks.{name}: none of {len(rows)} training events has a label")
-                continue
-            if task.kind == "binary":
-                found[name] = [float(label.mean())]
-            elif task.kind == "regression":
-                label = np.log1p(label) if task.transform == "log1p" else label
-                found[name] = list(mean_and_scale(label))
-            else:
-                counts = np.bincount(label.astype(np.int64), minlength=len(task.levels))
-                found[name] = (counts / len(label)).tolist()
+        for name, task in tasks.items():
+            count, mean, _ = joined_moments(values[name])
+            if count > 0:
+                of_value = [mean] if task.kind == "binary" else list(mean_and_scale(values[name]))
+                found[name] = (levels[name] / count).tolist() if task.levels else of_value
+            elif need_all:
+                raise UserError(f"ranking.tasks.{name}: none of {num_rows} training events has a label")
         return found
 
     # Actions
@@ -117,14 +149,14 @@ class RankingData:
     @cached_property
     def num_action_bits(self) -> int:
         """Width of :meth:`action_bits`."""
-        return sum(_num_bits(c) for c in self.config.actions.values())
+        return sum(num_bits(c) for c in self.config.actions.values())
 
-    def action_bits(self, rows: np.ndarray) -> np.ndarray:
+    def action_bits(self, rows: np.ndarray, events: EventColumns | None = None) -> np.ndarray:
         """bool [L, bits]: what was done in the events ``rows``; the last bit of each column says that it is missing."""
         parts = [np.empty((len(rows), 0), bool)]
         for column, config in self.config.actions.items():
-            where = f"ranking.actions.{column}"
-            parts.append(_bits(_values(self.store, column, rows, where), config, where, rows))
+            values = self._values(column, rows, events)
+            parts.append(_bits(values, config, f"ranking.actions.{column}", rows))
         return np.concatenate(parts, axis=1)
 
     # Features of the item token
@@ -168,9 +200,12 @@ class RankingData:
         stacked = np.stack(numbers, axis=1) if numbers else np.empty((size, 0))
         return coded, stacked.astype(np.float32)
 
-    def event_values(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def event_values(self, rows: np.ndarray, events: EventColumns | None = None) -> dict[str, np.ndarray]:
         """Codes or numbers [L] of each stored event feature in the events ``rows``."""
-        return {name: feature.values[rows] for name, feature in self.event_features.items()}
+        if events is None:
+            return {name: feature.values[rows] for name, feature in self.event_features.items()}
+        columns = {name: feature.values for name, feature in self.event_features.items()}
+        return {n: c.encode(events[n]) if isinstance(c, Encoded) else events[n] for n, c in columns.items()}
 
     # Features of the prefix
 
@@ -207,15 +242,6 @@ class RankingData:
         return len(self.user_features)
 
 
-def _values(store: SequenceStore, column: str, rows: np.ndarray, where: str) -> np.ndarray:
-    """float32 [L] of a column of the store, a copy."""
-    found = store.actions if column == "actions" else store.columns.get(column)
-    if found is None:
-        names = [*(["actions"] if store.actions is not None else []), *sorted(store.columns)]
-        raise UserError(f"{where}={column}: {store.path} has no such column; it has {', '.join(names) or 'none'}")
-    return np.array(found[rows], np.float32)
-
-
 def _label(values: np.ndarray, config: TaskConfig, where: str, rows: np.ndarray) -> np.ndarray:
     if config.kind == "regression":
         least = -1.0 if config.transform == "log1p" else -np.inf
@@ -246,7 +272,8 @@ def _level_index(values: np.ndarray, levels: list[float], where: str, rows: np.n
     return np.where(np.isnan(values), np.nan, index).astype(np.float32)
 
 
-def _num_bits(config: ActionConfig) -> int:
+def num_bits(config: ActionConfig) -> int:
+    """Bits of one column's part of the action token."""
     return {"binary": 2, "levels": len(config.levels), "thresholds": 1 + len(config.thresholds)}[config.kind] + 1
 
 
@@ -295,12 +322,17 @@ def cut_interleaved(
     users: [U] int64, with at least one event to predict; starts: [U] their first rows; phases: [U] int in
     0 .. stride - 1, by how much the first sequence is shortened (so that cuts fall elsewhere every epoch).
     """
+    lead = _lead_interleaved(starts, begins, ends, max_len, stride, phases)
+    return _cut(users, starts, begins, ends, lead, stride, lambda split, stop: stop - max_len)
+
+
+def _lead_interleaved(starts, begins, ends, max_len, stride, phases):  # type: ignore[no-untyped-def]
+    """[U] int64: events that the first sequence predicts."""
     fits = ends - starts <= max_len
     room = np.maximum(max_len - (begins - starts), stride)
     if phases is not None:
         room = np.maximum(room - phases, 1)
-    lead = np.where(fits, ends - begins, np.minimum(room, ends - begins))
-    return _cut(users, starts, begins, ends, lead, stride, lambda split, stop: stop - max_len)
+    return np.where(fits, ends - begins, np.minimum(room, ends - begins))
 
 
 def cut_fused(
@@ -309,14 +341,32 @@ def cut_fused(
 ) -> Sequences:  # fmt: skip
     """Sequences of at most ``targets`` predicted events after at most ``max_len`` of history; as
     :func:`cut_interleaved`, phases in 0 .. targets - 1."""
-    lead = np.full(len(users), targets, np.int64) if phases is None else targets - phases
-    lead = np.minimum(lead, ends - begins)
+    lead = _lead_fused(begins, ends, targets, phases)
     return _cut(users, starts, begins, ends, lead, targets, lambda split, stop: split - max_len)
 
 
+def _lead_fused(begins, ends, targets, phases):  # type: ignore[no-untyped-def]
+    return np.minimum(targets if phases is None else targets - phases, ends - begins)
+
+
+def count_interleaved(lengths: np.ndarray, max_len: int, stride: int, phases: np.ndarray | None = None) -> int:
+    """How many sequences :func:`cut_interleaved` makes of users whose events are all predicted. lengths: [U] int64."""
+    lead = _lead_interleaved(0, 0, lengths, max_len, stride, phases)
+    return int(_counts(lengths - lead, stride).sum())
+
+
+def count_fused(lengths: np.ndarray, max_len: int, targets: int, phases: np.ndarray | None = None) -> int:
+    """As :func:`count_interleaved`, of :func:`cut_fused`."""
+    return int(_counts(lengths - _lead_fused(0, lengths, targets, phases), targets).sum())
+
+
+def _counts(rest, step):  # type: ignore[no-untyped-def]
+    """Sequences of users of whose events ``rest`` follow the first sequence."""
+    return 1 + -(-rest // step)
+
+
 def _cut(users, starts, begins, ends, lead, step, earliest):  # type: ignore[no-untyped-def]
-    rest = ends - begins - lead
-    counts = 1 + -(-rest // step)
+    counts = _counts(ends - begins - lead, step)
     owner = np.repeat(np.arange(len(users)), counts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     split = begins[owner] + np.where(number == 0, 0, lead[owner] + (number - 1) * step)

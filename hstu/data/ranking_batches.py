@@ -17,7 +17,7 @@ from torch import Tensor
 from hstu.config import Config
 from hstu.data.batches import cut_batches
 from hstu.data.random_rows import rows_of, token_counts
-from hstu.data.ranking import RankingData, Sequences, cut_fused, cut_interleaved
+from hstu.data.ranking import RankingData, Sequences, count_fused, count_interleaved, cut_fused, cut_interleaved
 from hstu.data.share import Ranks, Share
 from hstu.data.splits import Split, Targets
 from hstu.data.stochastic_length import make_sampler, savings
@@ -145,26 +145,38 @@ def gather(data: RankingData, sequences: Sequences, with_labels: bool = True,
     if keep is not None:
         rows, owner = rows[keep], owner[keep]
     lengths = np.bincount(owner, minlength=len(sequences))
+    columns = {"item_ids": data.store.item_ids, "timestamps": data.store.timestamps, **data.columns}
+    events = {name: np.asarray(column[rows]) for name, column in columns.items()}
+    return make_batch(data, sequences.users, lengths, rows, rows >= sequences.split[owner], events, with_labels)
+
+
+def make_batch(data: RankingData, users: np.ndarray, lengths: np.ndarray, rows: np.ndarray, predicted: np.ndarray,
+               events: dict[str, np.ndarray], with_labels: bool = True) -> RankingBatch:  # fmt: skip
+    """The batch of events that were read, on the CPU.
+
+    users: [S] int64; lengths: [S] int64; rows: [L] int64, as of :class:`RankingBatch`; predicted: [L] bool; events: [L]
+    each, ``item_ids``, ``timestamps`` and the raw values of ``data.columns``.
+    """
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    targets = np.flatnonzero(rows >= sequences.split[owner])
-    num_targets = np.bincount(owner[targets], minlength=len(sequences))
-    store = data.store
-    item_ids, times = store.item_ids[rows].astype(np.int64), np.asarray(store.timestamps[rows])
+    targets = np.flatnonzero(predicted)
+    num_targets = np.diff(np.searchsorted(targets, offsets))
+    item_ids, times = events["item_ids"].astype(np.int64), events["timestamps"]
     labels = {}
     if with_labels:
-        labels = {task: torch.from_numpy(data.label(task, rows[targets])) for task in data.config.tasks}
+        asked = {name: events[name][targets] for name in data.columns}
+        labels = {task: torch.from_numpy(data.label(task, rows[targets], asked)) for task in data.config.tasks}
     return RankingBatch(
         offsets=torch.from_numpy(offsets),
         item_ids=torch.from_numpy(item_ids),
         timestamps=torch.from_numpy(times),
-        action_bits=torch.from_numpy(data.action_bits(rows).astype(np.float32)),
+        action_bits=torch.from_numpy(data.action_bits(rows, events).astype(np.float32)),
         num_targets=torch.from_numpy(num_targets),
         targets=torch.from_numpy(targets),
         labels=labels,
         rows=torch.from_numpy(rows[targets]),
-        users=torch.from_numpy(sequences.users),
-        item_features=make_features(*data.token_features(item_ids, times, data.event_values(rows))),
-        user_features=make_features(*data.prefix_features(sequences.users)),
+        users=torch.from_numpy(users),
+        item_features=make_features(*data.token_features(item_ids, times, data.event_values(rows, events))),
+        user_features=make_features(*data.prefix_features(users)),
         max_len=int(lengths.max(initial=0)),
         max_targets=int(num_targets.max(initial=0)),
     )
@@ -199,14 +211,28 @@ def gather_share(data: RankingData, config: Config, sequences: Sequences, ranks:
 def cut(config: Config, users: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray,
         phase_seed: int | None = None) -> Sequences:  # fmt: skip
     """The sequences in which the config's form predicts the events begins[u] .. ends[u] of each user."""
+    fused, step = _cutting(config)
+    phases = _phases(step, len(users), phase_seed)
+    return (cut_fused if fused else cut_interleaved)(users, starts, begins, ends, config.model.max_len, step, phases)
+
+
+def count_sequences(config: Config, lengths: np.ndarray, phase_seed: int) -> int:
+    """How many sequences :func:`cut` makes of users all of whose events, ``lengths`` [U] int64, are predicted."""
+    fused, step = _cutting(config)
+    phases = _phases(step, len(lengths), phase_seed)
+    return (count_fused if fused else count_interleaved)(lengths, config.model.max_len, step, phases)
+
+
+def _cutting(config: Config) -> tuple[bool, int]:
+    """Whether the form is fused, and how many events the sequences of a long user predict each."""
     ranking, max_len = config.ranking, config.model.max_len
     assert ranking is not None
     fused = ranking.form == "fused"
-    step = ranking.targets if fused else min(ranking.stride or -(-max_len // 2), max_len)
-    phases = None
-    if phase_seed is not None:
-        phases = np.random.Generator(np.random.PCG64(phase_seed)).integers(0, step, len(users))
-    return (cut_fused if fused else cut_interleaved)(users, starts, begins, ends, max_len, step, phases)
+    return fused, ranking.targets if fused else min(ranking.stride or -(-max_len // 2), max_len)
+
+
+def _phases(step: int, num_users: int, seed: int | None) -> np.ndarray | None:
+    return None if seed is None else np.random.Generator(np.random.PCG64(seed)).integers(0, step, num_users)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ HASH_RULE = "hstu.data.hashing.hash_ids modulo the number of shards"
 
 
 class JoinedColumn:
-    """One event column over all shards, [E]. Takes integers, slices, and arrays of rows or of booleans as an index."""
+    """One column of events or users over all shards, [E] or [U]. Takes integers, slices, and arrays of rows or of
+    booleans as an index."""
 
     def __init__(self, parts: list[np.ndarray]) -> None:
-        """parts: the column of each shard; all of one dtype."""
+        """parts: the column of each shard; all of one dtype, but for the width of texts."""
         self.parts = parts
-        self.dtype = parts[0].dtype
+        self.dtype = np.result_type(*(part.dtype for part in parts))
         self._ends = np.cumsum([len(p) for p in parts])
         self.shape = (int(self._ends[-1]),)
         self.nbytes = self.shape[0] * self.dtype.itemsize
@@ -114,9 +115,9 @@ class ShardedStore(SequenceStore):
         names = self.shards[0].columns
         self.columns: Any = {name: JoinedColumn([s.columns[name] for s in self.shards]) for name in names}
 
-    def user_attribute(self, name: str) -> np.ndarray | None:
+    def user_attribute(self, name: str) -> Any:
         parts = [part for s in self.shards if (part := s.user_attribute(name)) is not None]
-        return np.concatenate(parts) if parts else None
+        return JoinedColumn(parts) if parts else None
 
     @cached_property
     def user_raw_ids(self) -> np.ndarray:

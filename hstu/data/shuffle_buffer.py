@@ -1,4 +1,5 @@
-"""Users in random order from a source that is read in sequence, through a buffer of bounded size.
+"""Users in random order from a source that is read in sequence, through a buffer of bounded size. What is said of users
+here holds for whatever a source gives, such as sequences of ranking.
 
 The buffer holds ``K`` users. In each round it is filled from the source, shuffled, and half of it leaves; when the
 source is at its end, all of it. Everybody leaves once an epoch. Random numbers are functions of (seed, epoch, round),
@@ -10,7 +11,7 @@ Legend: n users, K users in the buffer, L events.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,13 +27,14 @@ class Users:
     """Users with their events.
 
     refs: [n] int64, what the source knows them by. rows: [n] int64, what the batch calls them. lengths: [n] int64
-    events. columns: [L] by name, joined.
+    events. columns: [L] by name, joined. values: [n] by name, further numbers of each.
     """
 
     refs: np.ndarray
     rows: np.ndarray
     lengths: np.ndarray
     columns: dict[str, np.ndarray]
+    values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -42,15 +44,17 @@ class Users:
         starts = np.cumsum(self.lengths) - self.lengths
         events = joined_ranges(starts[chosen], self.lengths[chosen])
         columns = {name: column[events] for name, column in self.columns.items()}
-        return Users(self.refs[chosen], self.rows[chosen], self.lengths[chosen], columns)
+        values = {name: value[chosen] for name, value in self.values.items()}
+        return Users(self.refs[chosen], self.rows[chosen], self.lengths[chosen], columns, values)
 
     @staticmethod
     def concatenate(parts: Sequence[Users]) -> Users:
         if len(parts) == 1:
             return parts[0]
         columns = {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns}
+        values = {name: np.concatenate([p.values[name] for p in parts]) for name in parts[0].values}
         refs, rows, lengths = (np.concatenate([getattr(p, n) for p in parts]) for n in ("refs", "rows", "lengths"))
-        return Users(refs, rows, lengths, columns)
+        return Users(refs, rows, lengths, columns, values)
 
 
 def joined_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

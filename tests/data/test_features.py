@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from hstu.config_ranking import FeatureConfig
+from hstu.data import features
 from hstu.data.features import (
     Coded,
     Numbers,
+    distinct,
     event_feature,
     item_feature,
+    joined_moments,
     mean_and_scale,
+    moments,
+    quantiles,
+    sorted_values,
     time_feature,
     user_feature,
 )
@@ -117,12 +123,66 @@ def test_infinite_numbers_are_missing(tmp_path):
 
 @pytest.mark.parametrize("values", [[3.0] * 7, [np.log1p(3.0)] * 7, [0.0] * 7], ids=["3", "log 4", "0"])
 def test_a_constant_has_scale_1(values):
-    assert mean_and_scale(np.array(values)) == (pytest.approx(values[0]), 1.0)
+    assert mean_and_scale([moments(np.array(values))]) == (pytest.approx(values[0]), 1.0)
+
+
+# Columns that are looked at in parts
+
+
+def test_moments_of_parts():
+    values = np.array([2.0, 4.0, 4.0, 5.0, 9.0, 12.0])
+    found = joined_moments(moments(part) for part in (values[:0], values[:1], values[1:4], values[4:]))
+    assert found == (6, 6.0, pytest.approx((70 / 6) ** 0.5, rel=1e-15))
+    assert joined_moments([]) == joined_moments([moments(values[:0])]) == (0, 0.0, 0.0)
+    assert mean_and_scale([(3, 5.0, 0.0), (1, 5.0, 0.0)]) == (5.0, 1.0), "a constant"
+
+
+@pytest.mark.parametrize("part_bytes", [8, 64, 1 << 25])
+def test_distinct_values_and_their_counts(monkeypatch, part_bytes):
+    monkeypatch.setattr(features, "_PART_BYTES", part_bytes)
+    values, counts = distinct(np.array([3, NAN, -1, 3, NAN, 7, NAN], np.float32))
+    assert values[:3].tolist() == [-1, 3, 7] and np.isnan(values[3]) and counts.tolist() == [1, 2, 1, 3]
+    values, counts = distinct(np.array(["b", "", "abc", "b"]))
+    assert values.tolist() == ["", "abc", "b"] and counts.tolist() == [1, 1, 2]
+
+
+def numbers_of_all_sizes():
+    """Far from zero and near it, negative, both zeros, infinite, equal ones, missing ones."""
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=300) * 10.0 ** rng.integers(-300, 300, 300)
+    return np.concatenate([wide, rng.integers(-3, 3, 200), [0.0, -0.0, np.inf, -np.inf, NAN, NAN]])
+
+
+@pytest.mark.parametrize("part_bytes", [400, 1 << 25])
+def test_sorted_values_by_their_bits(monkeypatch, part_bytes):
+    monkeypatch.setattr(features, "_PART_BYTES", part_bytes)
+    numbers = numbers_of_all_sizes()
+    expected = np.sort(numbers[~np.isnan(numbers)])
+    places = np.array([0, 1, 100, 250, 251, 252, 400, len(expected) - 1, 7, 7])
+    assert sorted_values(numbers, places).tolist() == expected[places].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 98])
+def test_quantiles_are_those_of_numpy(monkeypatch, size):
+    monkeypatch.setattr(features, "_PART_BYTES", 80)
+    numbers = np.random.default_rng(size).normal(size=size).round(1)
+    shares = np.arange(1, 16) / 16
+    assert quantiles(np.append(numbers, NAN), shares).tolist() == np.quantile(numbers, shares).tolist()
+    assert len(quantiles(np.array([NAN, NAN]), shares)) == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"min_count": 2}, {"separator": "|", "min_count": 2}], ids=str)
+def test_text_features_in_parts(tmp_path, monkeypatch, config):
+    cells = ["a|b", "", "b", "a|b", "c", "b|a", "d", ""]
+    expected = item_codes(tmp_path / "whole", cells, **config)
+    monkeypatch.setattr(features, "_PART_BYTES", 30)
+    found = item_codes(tmp_path / "parts", cells, **config)
+    assert found[0] == expected[0] and found[1].num_codes == expected[1].num_codes >= 3
 
 
 def test_all_missing(tmp_path):
     store = make_store(tmp_path / "s", users={"x": np.array([NAN, NAN], np.float32)})
-    assert np.isnan(user_feature(store, "x", FeatureConfig(kind="numeric")).values).all()
+    assert np.isnan(np.asarray(user_feature(store, "x", FeatureConfig(kind="numeric")).values)).all()
     for config in (FeatureConfig(), FeatureConfig(kind="buckets")):
         assert codes_of(user_feature(store, "x", config), [0, 1]) == [[0], [0]]
 
@@ -131,11 +191,11 @@ def test_event_columns(tmp_path):
     events = {"tab": np.array([0, 2, 1, 2], np.int32), "price": np.array([1, 2, 3, 2], np.float32)}
     store = make_store(tmp_path / "s", events=events, coded={"tab": ["home", "search"]})
     tab = event_feature(store, "tab", FeatureConfig())
-    assert isinstance(tab, Coded) and tab.num_codes == 3 and tab.values.tolist() == [0, 2, 1, 2]
+    assert isinstance(tab, Coded) and tab.num_codes == 3 and tab.take(np.arange(4))[0].tolist() == [0, 2, 1, 2]
     rare = event_feature(store, "tab", FeatureConfig(min_count=2))
-    assert rare.values.tolist() == [0, 2, 1, 2] and rare.num_codes == 3
+    assert rare.take(np.arange(4))[0].tolist() == [0, 2, 1, 2] and rare.num_codes == 3
     price = event_feature(store, "price", FeatureConfig(min_count=2))
-    assert price.values.tolist() == [1, 2, 1, 2] and price.num_codes == 3
+    assert price.take(np.arange(4))[0].tolist() == [1, 2, 1, 2] and price.num_codes == 3
 
 
 def test_a_coded_number_is_read_by_its_value_and_not_by_its_code(tmp_path):
