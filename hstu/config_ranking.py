@@ -87,12 +87,20 @@ class FeatureConfig:
     """numeric: none or log1p, before it is standardised."""
     min_count: int = 1
     """categorical: values that occur less often share one code."""
+    hash_rows: int | None = None
+    """categorical: instead of a code each, values get one of so many codes by a hash of their text, and those that get
+    the same share everything. For values that keep coming: with stream.watch every categorical feature needs it."""
 
     def __post_init__(self) -> None:
         one_of("ranking.*_features.*.kind", self.kind, FEATURE_KINDS)
         one_of("ranking.*_features.*.transform", self.transform, ("none", "log1p"))
         check(self.num_buckets >= 2, "ranking.*_features.*.num_buckets", self.num_buckets, ">= 2")
         check(self.min_count >= 1, "ranking.*_features.*.min_count", self.min_count, ">= 1")
+        rows, name = self.hash_rows, "ranking.*_features.*.hash_rows"
+        if rows is not None:
+            check(rows >= 1, name, rows, ">= 1 or null")
+            check(self.kind == "categorical", name, rows, f"null with kind={self.kind}")
+            check(self.min_count == 1, "ranking.*_features.*.min_count", self.min_count, "1 with hash_rows")
 
 
 @dataclass

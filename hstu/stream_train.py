@@ -25,6 +25,7 @@ from hstu.allocator import keep_freed_memory
 from hstu.checkpoint_state import model_state
 from hstu.cli import command
 from hstu.config import Config, DataConfig, build, from_dict
+from hstu.config_ranking import RankingConfig
 from hstu.config_stream import FREE_ON_RESUME, StreamConfig
 from hstu.data.days import Days, StoreDays
 from hstu.distributed import World
@@ -191,6 +192,29 @@ def _check(config: Config, stream: StreamConfig) -> None:
         for name in NOT_WATCHED:
             value, default = getattr(config.data, name), getattr(usual, name)
             check(value == default, f"data.{name}", value, f"{default!r} with stream.watch, which knows no whole log")
+        if config.ranking is not None:
+            _check_watched_ranking(config, config.ranking)
+
+
+def _check_watched_ranking(config: Config, ranking: RankingConfig) -> None:
+    """Raises UserError for what cannot be known of files that arrive day by day, or is not read from them."""
+    from hstu.data.watch import event_columns
+
+    columns, arriving = config.data.columns, "with stream.watch"
+    for name in ("user_features", "item_features"):
+        check(not (ranking.use_features and getattr(ranking, name)), f"ranking.{name}", list(getattr(ranking, name)),
+              f"none {arriving}; write the attributes into each row of the log, as ranking.event_features")  # fmt: skip
+    wanted, hashed = event_columns(ranking)
+    for name in wanted:
+        feature = ranking.event_features.get(name)
+        if feature is not None and feature.kind == "categorical":
+            check(name in hashed, f"ranking.event_features.{name}.hash_rows", None,
+                  f"a number {arriving}: values keep coming, so none has a code of its own")  # fmt: skip
+            check(name in columns.features, "data.columns.features", columns.features, f"{name} among them")
+        elif name == "actions":
+            check(columns.action is not None, "data.columns.action", None, "a column: ranking reads actions")
+        else:
+            check(name in columns.values, "data.columns.values", columns.values, f"{name} among them: ranking reads it")
 
 
 def _make_days(config: Config, stream: StreamConfig, folder: Path, display: Display, world: World) -> Days:
@@ -199,7 +223,7 @@ def _make_days(config: Config, stream: StreamConfig, folder: Path, display: Disp
     from hstu.data.watch import StreamSource, WatchedDays
 
     source = StreamSource(Path(stream.watch).expanduser(), stream.settle_s, stream.timeout_s, world, display.say)
-    return WatchedDays(source, config.data, folder / "days", config.model.max_len, stream.item_rows)
+    return WatchedDays(source, config.data, folder / "days", config.model.max_len, stream.item_rows, config.ranking)
 
 
 def _keep_settings(folder: Path, stream: StreamConfig) -> None:

@@ -20,8 +20,10 @@ import numpy as np
 import polars as pl
 
 from hstu.config import DataConfig
+from hstu.config_ranking import RankingConfig
 from hstu.data.build import to_numpy
 from hstu.data.days import Day
+from hstu.data.features import DERIVED, FIRST_DAY, HASHED, MISSING
 from hstu.data.importers import log
 from hstu.data.shuffle_buffer import joined_ranges
 from hstu.data.spill import id_hashes
@@ -132,11 +134,18 @@ class WatchedDays:
     ``folder``; the first and the last two are kept. Events whose time lies outside the day of their file are left out
     and counted (``events_outside`` in the store's ``meta.json``). All ranks of the source call :meth:`open` together;
     the first one builds.
+
+    With ``ranking`` the store has the event columns that it names: numbers as they are, categorical features as codes
+    ``1 + hash % hash_rows``, 0 where missing. Edges and scales of numbers are those of the first day's.
     """
 
-    def __init__(self, source: StreamSource, config: DataConfig, folder: Path, max_len: int, item_rows: int) -> None:
+    def __init__(
+        self, source: StreamSource, config: DataConfig, folder: Path, max_len: int, item_rows: int,
+        ranking: RankingConfig | None = None,
+    ) -> None:  # fmt: skip
         self.source, self.config, self.folder = source, config, folder
         self.max_len, self.item_rows = max_len, item_rows
+        self.columns, self.hashed = event_columns(ranking)
         self.world = source.world
         self.labels: list[str] = self.world.on_first(self._begin)
         first = self.open(0)
@@ -183,7 +192,7 @@ class WatchedDays:
 
     def _build(self, label: str, files: list[Path]) -> None:
         before = SequenceStore.open(self.folder / self.labels[-1]) if self.labels else None
-        events, rejects = self._read(files)
+        events, rejects = self._read(label, files)
         start = int(datetime.fromisoformat(label).replace(tzinfo=UTC).timestamp())
         inside = (events["time"] >= start) & (events["time"] < start + DAY_S)
         outside = int((~inside).sum())
@@ -193,14 +202,17 @@ class WatchedDays:
         shutil.rmtree(path, ignore_errors=True)
         write_store(
             path, offsets=merged.offsets, item_ids=merged.item_ids, timestamps=merged.timestamps,
-            user_raw_ids=merged.users, num_items=self.item_rows,
+            user_raw_ids=merged.users, num_items=self.item_rows, actions=merged.columns.pop("actions", None),
+            columns=merged.columns,
             meta={"name": self.config.name, "source": "stream", "protocol": self.config.protocol, "day": label,
-                  "events_outside": outside, "rejects": rejects, "files": [str(f) for f in files]},
+                  "events_outside": outside, "rejects": rejects, "files": [str(f) for f in files],
+                  HASHED: self.hashed, FIRST_DAY: self.labels[0] if self.labels else label},
         )  # fmt: skip
         np.save(self.folder / f"{label}.first.npy", merged.first)
 
-    def _read(self, files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        """Events of the files: ``user`` text, ``item`` id, ``time`` s, ``row``; and the reasons of rejected rows."""
+    def _read(self, label: str, files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """Events of the files of a day: ``user`` text, ``item`` id, ``time`` s, ``row``, further columns of the store;
+        and the reasons of rejected rows."""
         work = self.folder / ".work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -208,14 +220,47 @@ class WatchedDays:
             shards, layouts, _ = log.plan(self.config, files)
             rejects = Rejects(work / "rejects.csv", self.config.on_bad_row)
             table = read_tables(shards, layouts, work, rejects)
-            rows = table.scan().select("user", "item", "time", "row").collect()
+            roles = {name: self._role(name) for name in self.columns}
+            rows = table.scan().select("user", "item", "time", "row", *roles.values()).collect()
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        items = (id_hashes(rows["item"]) % np.uint64(self.item_rows)).astype(np.int32) + 1
-        return {
-            "user": to_numpy(rows["user"].cast(pl.String)), "item": items,
+        events = {
+            "user": to_numpy(rows["user"].cast(pl.String)), "item": _hashed(rows["item"], self.item_rows),
             "time": rows["time"].to_numpy() // table.per_second, "row": rows["row"].to_numpy(),
-        }, rejects.reasons  # fmt: skip
+        }  # fmt: skip
+        for name, role in roles.items():
+            column = rows[role]
+            if name in self.hashed:
+                events[name] = np.where(column.is_null(), MISSING, _hashed(column.fill_null(""), self.hashed[name]))
+            elif not column.dtype.is_numeric():
+                raise UserError(f"data.columns.action={self.config.columns.action}: {label} holds names, which have no "
+                                "codes in files that arrive; expected numbers")  # fmt: skip
+            else:
+                events[name] = column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        return events, rejects.reasons
+
+    def _role(self, name: str) -> str:
+        """Of a column of the store in a table that was read."""
+        if name == "actions":
+            return "action"
+        return f"feature.{name}" if name in self.hashed else f"value.{name}"
+
+
+def _hashed(raw: pl.Series, rows: int) -> np.ndarray:
+    """[n] int32, 1..rows."""
+    return (id_hashes(raw) % np.uint64(rows)).astype(np.int32) + 1
+
+
+def event_columns(ranking: RankingConfig | None) -> tuple[list[str], dict[str, int]]:
+    """The event columns of the store that a ranking reads, and to how many rows each of the categorical ones is
+    hashed."""
+    if ranking is None:
+        return [], {}
+    named = [c for task in ranking.tasks.values() for c in (task.column, task.mask_column) if c is not None]
+    features = {n: f for n, f in ranking.event_features.items() if n not in DERIVED} if ranking.use_features else {}
+    actions = list(ranking.actions) if ranking.use_actions else []
+    hashed = {name: feature.hash_rows for name, feature in features.items() if feature.hash_rows is not None}
+    return list(dict.fromkeys([*named, *actions, *features])), hashed
 
 
 def read_record(folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -226,13 +271,15 @@ def read_record(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 @dataclass(frozen=True)
 class Merged:
-    """Columns of a store, and the first row [U] of each user that is of the new day."""
+    """Columns of a store, and the first row [U] of each user that is of the new day. columns: the further ones of
+    events, ``actions`` among them."""
 
     users: np.ndarray
     offsets: np.ndarray
     item_ids: np.ndarray
     timestamps: np.ndarray
     first: np.ndarray
+    columns: dict[str, np.ndarray]
 
 
 def merge_day(before: SequenceStore | None, events: dict[str, np.ndarray], keep: int) -> Merged:
@@ -249,10 +296,14 @@ def merge_day(before: SequenceStore | None, events: dict[str, np.ndarray], keep:
         kept[np.searchsorted(users, old)] = lengths
         rows = joined_ranges(before.offsets[1:] - lengths, lengths)
     offsets = np.concatenate([[0], np.cumsum(kept + added)]).astype(np.int64)
-    item_ids, timestamps = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.int64)
     new = joined_ranges(offsets[:-1] + kept, added)
-    item_ids[new], timestamps[new] = events["item"][order], events["time"][order]
+    further = [name for name in events if name not in ("user", "item", "time", "row")]
+    columns = {name: np.empty(offsets[-1], events[name].dtype) for name in ("item", "time", *further)}
+    for name, column in columns.items():
+        column[new] = events[name][order]
     if before is not None:
         history = joined_ranges(offsets[:-1], kept)
-        item_ids[history], timestamps[history] = before.item_ids[rows], before.timestamps[rows]
-    return Merged(users, offsets, item_ids, timestamps, offsets[:-1] + kept)
+        known = {"item": before.item_ids, "time": before.timestamps, "actions": before.actions, **before.columns}
+        for name, column in columns.items():
+            column[history] = known[name][rows]
+    return Merged(users, offsets, columns.pop("item"), columns.pop("time"), offsets[:-1] + kept, columns)
