@@ -76,7 +76,8 @@ class TablePlanConfig:
     optimizer: str = "rowwise_adagrad"
     """sgd, adagrad, rowwise_adagrad, adam or rowwise_adam, in the backward pass where sharded; adamw: local only."""
     sharding: str = "auto"
-    """auto (torchrec's planner chooses; row_wise without torchrec), table_wise, row_wise or column_wise."""
+    """auto (torchrec's planner chooses; row_wise without torchrec), table_wise, row_wise, column_wise, grid or
+    data_parallel."""
     dtype: str = "float32"
     """Of the stored rows: float32, float16 or bfloat16."""
     comm_dtype: str = "float32"
@@ -96,6 +97,8 @@ class TablePlanConfig:
         one_of("embedding.placement", self.placement, PLACEMENTS)
         check(self.kind == "sharded" or self.placement == "hbm", "embedding.placement", self.placement,
               "hbm with embedding.kind=local")  # fmt: skip
+        check(self.sharding != "data_parallel" or self.placement == "hbm", "embedding.placement", self.placement,
+              "hbm with embedding.sharding=data_parallel")  # fmt: skip
         for name in ("cache_fraction", "cache_hit_rate"):
             check(0 < getattr(self, name) <= 1, f"embedding.{name}", getattr(self, name), "in (0, 1]")
 
@@ -160,6 +163,11 @@ class ClusterConfig:
         """The data sheet with what was overridden, but for the peak (see :meth:`PlanConfig.peak_tflops`)."""
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Gpu) if f.name != "peak_tflops"}
         return dataclasses.replace(GPUS[self.gpu], **{name: value for name, value in given.items() if value})
+
+    @property
+    def node_size(self) -> int:
+        """GPUs of a node, all where there are fewer."""
+        return min(self.sheet.gpus_per_node, self.gpus)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
 from hstu.plan_layers import fuxi_chunks, layer_bytes
 from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
 from hstu.plan_memory import dense_parameters
-from hstu.plan_tables import is_replicated, num_shards, optimizer_bytes, row_width
+from hstu.plan_tables import column_parts, is_replicated, num_shards, optimizer_bytes, row_width
 from hstu.plan_work import Workload
 
 BACKWARD_ATTENTION = 2.5
@@ -96,8 +96,7 @@ def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
 def _lookup(config: PlanConfig, network: Network, what: str, rows: float) -> list[Transfer]:
     """Ids to the GPUs that have their rows, rows back, gradients there; rows: those that a GPU asks for."""
     each = DTYPE_BYTES[config.embedding.comm_dtype]
-    sharding, dim = config.embedding.sharding, row_width(config)
-    copies = num_shards(config) if sharding == "column_wise" else 1
+    dim, copies = row_width(config), column_parts(config)
     if num_shards(config) < config.cluster.gpus:  # few GPUs have all rows
         rows = rows * config.cluster.gpus / num_shards(config)
     lengths = config.cluster.gpus * 2 * BAGS * INT64  # go first, those of what is scored with them
@@ -121,7 +120,7 @@ def loss_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
         network.all_gather("gradients of the losses", everyone * FLOAT),
         network.all_gather("gradients of queries", everyone * row),
     ]
-    if config.embedding.sharding in ("column_wise", "table_wise"):  # rows do not lie where they are scored
+    if config.embedding.sharding in ("column_wise", "table_wise", "grid"):  # rows do not lie where they are scored
         parts += _lookup(config, network, "scored items", scored_rows(config, work))
     return parts
 

@@ -13,6 +13,7 @@ from hstu.plan_config import GIB
 from hstu.plan_cost import Step, Transfer
 from hstu.plan_memory import Memory, Part
 from hstu.plan_search import Mend, Plan
+from hstu.plan_tables import is_replicated
 from hstu.plan_torchrec import Sharding
 
 WIDE = 110
@@ -153,8 +154,9 @@ def _conclusions(
 
 
 def _sharding_line(sharding: Sharding | None, has_torchrec: bool, plan: Plan) -> str:
-    if plan.config.embedding.kind == "local":
-        return "Table: whole on every GPU (embedding.kind=local)"
+    if is_replicated(plan.config):
+        why = "kind=local" if plan.config.embedding.kind == "local" else "sharding=data_parallel"
+        return f"Table: whole on every GPU (embedding.{why})"
     if not has_torchrec:
         return f"Table: {plan.config.embedding.sharding} by our arithmetic alone; torchrec is not installed"
     assert sharding is not None

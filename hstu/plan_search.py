@@ -90,6 +90,8 @@ def mends(config: PlanConfig) -> list[Mend]:
         changes.append((f"cluster.gpus={gpus}", config.with_gpus(gpus)))
     if is_replicated(config):
         options = {"kind": "sharded", "optimizer": "rowwise_adagrad"}
+        if table.sharding == "data_parallel":
+            options["sharding"] = "row_wise"
         changes.append((_options(options), config.with_table(**options)))
     else:
         for option, value in (("dtype", "bfloat16"), ("optimizer", "rowwise_adagrad"), ("sharding", "row_wise"),

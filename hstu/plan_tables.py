@@ -14,7 +14,7 @@ from hstu.sharded_width import stored_width
 
 def is_replicated(config: PlanConfig) -> bool:
     """Whether every GPU has the whole table, with a gradient as large."""
-    return config.embedding.kind == "local"
+    return config.embedding.kind == "local" or config.embedding.sharding == "data_parallel"
 
 
 def row_width(config: PlanConfig) -> int:
@@ -27,15 +27,21 @@ def num_shards(config: PlanConfig) -> int:
     sharding, gpus = config.embedding.sharding, config.cluster.gpus
     if is_replicated(config) or sharding == "table_wise":
         return 1
-    return row_width(config) // column_part(config.model.dim, gpus) if sharding == "column_wise" else gpus
+    parts = column_parts(config)
+    return {"column_wise": parts, "grid": parts * config.cluster.node_size}.get(sharding, gpus)
+
+
+def column_parts(config: PlanConfig) -> int:
+    """Parts that a row is cut into, for the GPUs or, of a grid, for the nodes; 1 where it is not."""
+    gpus = config.cluster.gpus
+    pieces = {"column_wise": gpus, "grid": gpus // config.cluster.node_size}.get(config.embedding.sharding, 1)
+    return row_width(config) // column_part(config.model.dim, pieces) if pieces > 1 else 1
 
 
 def shard_shape(config: PlanConfig) -> tuple[int, int]:
     """Rows and columns of the largest shard; the padding row counts."""
-    rows, shards = config.embedding.rows + 1, num_shards(config)
-    if config.embedding.sharding == "column_wise":
-        return rows, row_width(config) // shards
-    return math.ceil(rows / shards), row_width(config)
+    parts = column_parts(config)
+    return math.ceil((config.embedding.rows + 1) * parts / num_shards(config)), row_width(config) // parts
 
 
 def table_bytes(config: PlanConfig) -> tuple[float, float]:

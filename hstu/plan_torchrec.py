@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from hstu.config_embedding import PLANNED, SHARDINGS
 from hstu.feature_tables import has_torchrec
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
 from hstu.plan_losses import scored_rows
 from hstu.plan_memory import Memory
-from hstu.plan_tables import is_replicated, row_width, table_bytes
+from hstu.plan_tables import column_parts, is_replicated, num_shards, row_width, table_bytes
 from hstu.plan_work import Workload
-from hstu.sharded_plan import column_part, quiet
+from hstu.sharded_plan import TORCHREC_NAMES, quiet
 
 TABLE = "item_table"
 KERNELS = {"hbm": "fused", "uvm_caching": "fused_uvm_caching", "uvm": "fused_uvm"}
@@ -26,7 +27,7 @@ class Sharding:
 
     Attributes:
         found: whether it found a plan.
-        sharding: row_wise, column_wise or table_wise; of no meaning where none was found.
+        sharding: row_wise, column_wise, table_wise or grid; of no meaning where none was found.
         shards: how many.
         hbm_bytes: of the largest shard: rows, optimizer state, and ids and rows on their way.
         ours_bytes: the same by our arithmetic.
@@ -48,8 +49,9 @@ def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Shardin
     """
     if is_replicated(config) or not has_torchrec():
         return None
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.planner.types import PlannerError
+
+    from hstu.sharded_grid import GridSharder
 
     rest = memory.total - memory.of("table") - memory.of("table optimizer")
     asked = [work.tokens, scored_rows(config, work)]
@@ -60,19 +62,20 @@ def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Shardin
     with quiet():
         module, planner = _planner(config, free, asked)
         try:
-            planner.plan(module, [EmbeddingCollectionSharder()])
+            planner.plan(module, [GridSharder()])
         except PlannerError:
             return Sharding(False, config.embedding.sharding, note=f"no plan in {free / GIB:.1f} GiB a GPU")
     option = planner._best_plan[0]  # torchrec shows it in no other way
     fullest = max(option.shards, key=lambda shard: shard.storage.hbm)
-    chosen = config.with_table(sharding=option.sharding_type)
+    names = {TORCHREC_NAMES.get(name, name): name for name in SHARDINGS}
+    sharding = names[option.sharding_type]
+    chosen = config.with_table(sharding=sharding)
     rows, state = table_bytes(chosen)
     cached = {"hbm": 1.0, "uvm": 0.0}.get(config.embedding.placement, config.embedding.cache_fraction)
     moved = sum(asked) * (INT64 + FLOAT * fullest.size[1])
-    if option.sharding_type != "row_wise":
-        moved *= config.cluster.gpus  # a shard gets the ids of all GPUs
+    moved *= config.cluster.gpus * column_parts(chosen) / num_shards(chosen)  # a shard gets the ids of all GPUs
     ours = (rows + state) * cached + moved
-    return Sharding(True, option.sharding_type, len(option.shards), float(fullest.storage.hbm), ours)
+    return Sharding(True, sharding, len(option.shards), float(fullest.storage.hbm), ours)
 
 
 def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch.nn.Module, Any]:
@@ -93,18 +96,18 @@ def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch
     module = EmbeddingCollection(tables=[described], device=torch.device("meta"))
     apply_optimizer_in_backward(_optimizer(table.optimizer), module.parameters(), {"lr": 0.1})
     per_ms = 1e9 / 1e3
-    node = min(sheet.gpus_per_node, cluster.gpus)
+    node = cluster.node_size
     topology = Topology(
         world_size=cluster.gpus, compute_device="cuda", local_world_size=node, hbm_cap=int(free),
         ddr_cap=int(sheet.ddr_gib * GIB / node), hbm_mem_bw=sheet.hbm_gbps * per_ms,
         intra_host_bw=sheet.nvlink_gbps * per_ms, inter_host_bw=sheet.network_gbps * per_ms,
         hbm_to_ddr_mem_bw=sheet.pcie_gbps * per_ms,
     )  # fmt: skip
-    wanted = ["row_wise", "column_wise", "table_wise"] if table.sharding == "auto" else [table.sharding]
+    wanted = PLANNED if table.sharding == "auto" else (table.sharding,)
     constraint = ParameterConstraints(
-        sharding_types=wanted, compute_kernels=[KERNELS[table.placement]], pooling_factors=asked,
-        output_dtype=DataType.FP32,
-        min_partition=column_part(config.model.dim, cluster.gpus) if table.sharding == "column_wise" else None,
+        sharding_types=[TORCHREC_NAMES.get(name, name) for name in wanted], output_dtype=DataType.FP32,
+        compute_kernels=[KERNELS[table.placement]], pooling_factors=asked,
+        min_partition=row_width(config) // column_parts(config) if table.sharding in ("column_wise", "grid") else None,
     )  # fmt: skip
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=1, constraints={TABLE: constraint}, debug=False, stats=[],

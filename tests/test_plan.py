@@ -15,10 +15,12 @@ import pytest
 
 from hstu.config import HSTUConfig, LossConfig
 from hstu.errors import UserError
+from hstu.feature_tables import BAGS
 from hstu.plan_config import GIB, GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
 from hstu.plan_cost import Network, compute_parts, loss_transfers, plan_step, row_transfers, transfers
 from hstu.plan_memory import plan_memory
 from hstu.plan_search import Plan, mends, smallest_cluster
+from hstu.plan_tables import shard_shape
 from hstu.plan_work import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +205,45 @@ def test_our_arithmetic_is_that_of_torchrecs_planner(optimizer: str) -> None:
     assert found.ours_bytes == pytest.approx(found.hbm_bytes, rel=1e-6)
 
 
+@pytest.mark.parametrize(("gpus", "columns"), [(16, 128), (8, 256)], ids=["two-nodes", "one-node"])
+def test_a_grid_is_cut_by_columns_over_nodes_and_by_rows_in_them(gpus: int, columns: int) -> None:
+    """torchrec's planner counts as much memory."""
+    pytest.importorskip("torchrec")
+    from hstu.plan_torchrec import plan_sharding
+
+    config = planned(TablePlanConfig(rows=10**8, optimizer="adagrad", sharding="grid"), gpus=gpus, gpus_per_node=8)
+    assert shard_shape(config) == (12_500_001, columns)  # of 10^8 and the padding, for each of 8 GPUs
+    work = Workload.planned(config)
+    found = plan_sharding(config, work, plan_memory(config, work))
+    assert found is not None and (found.sharding, found.shards) == ("grid", gpus)
+    assert found.ours_bytes == pytest.approx(found.hbm_bytes, rel=1e-6)
+
+
+def test_what_a_grid_sends() -> None:
+    """As much of the rows as row_wise, the ids to both nodes; and the scored rows, which row_wise has at home."""
+    rows, grid = (
+        {t.name: t.sent for t in transfers(config, Workload.planned(config))}
+        for config in (planned(replace(LARGE, sharding=name), gpus=16) for name in ("row_wise", "grid"))
+    )
+    lengths = 16 * 2 * BAGS * 8 * 15 / 16
+    assert grid["rows of events"] == rows["rows of events"]
+    assert grid["ids of events"] - lengths == 2 * (rows["ids of events"] - lengths)
+    assert grid.keys() - rows.keys() == {"ids of scored items", "rows of scored items", "gradients of scored items"}
+
+
+def test_a_table_that_stays_whole() -> None:
+    """Rows, a gradient as large and the state of all rows on each GPU, by either name; torchrec is not asked."""
+    local, whole = (
+        planned(TablePlanConfig(rows=999, optimizer="sgd", **options), gpus=16)
+        for options in ({"kind": "local"}, {"sharding": "data_parallel"})
+    )
+    memory = plan_memory(whole, Workload.planned(whole))
+    assert memory == plan_memory(local, Workload.planned(local))
+    assert memory.of("table") == 1000 * 256 * 4
+    options = [mend.option for mend in mends(replace(whole, embedding=replace(whole.embedding, rows=10**9)))]
+    assert "embedding.kind=sharded embedding.optimizer=rowwise_adagrad embedding.sharding=row_wise" in options
+
+
 def test_torchrec_counts_narrow_state_for_narrow_rows() -> None:
     """fbgemm keeps float32: 4 bytes a row more than torchrec's planner thinks for row-wise Adagrad, less 2."""
     pytest.importorskip("torchrec")
@@ -247,6 +288,10 @@ def test_a_table_that_torchrec_cannot_place() -> None:
         ({"embedding": {"rows": 10}, "batch": {"tokens_per_gpu": 10}}, "at least one user's tokens"),
         ({"embedding": {"rows": 10}, "batch": {"mean_len": 50, "mean_square_len": 9}}, "from mean_len^2=2500"),
         ({"embedding": {"rows": 10}, "precision": "fp8"}, "precision='fp8': expected one of"),
+        (
+            {"embedding": {"rows": 10, "sharding": "data_parallel", "placement": "uvm"}},
+            "embedding.placement='uvm': expected hbm with embedding.sharding=data_parallel",
+        ),
         ({"embeding": {"rows": 10}}, "unknown option embeding: expected one of batch, cluster, embedding"),
     ],
 )
