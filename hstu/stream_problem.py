@@ -160,6 +160,9 @@ class StreamRanking(DayProblem, ActionProblem):
         index = self.day[0]
         plan = self.data.plan(index)
         targets = plan.day.events(self.stream.eval_users or ALL_USERS, derive(self.config.seed, SAMPLE_SEED, index))
+        if len(targets) == 0:
+            self.baselines = {}
+            return {}
         shifts: dict[str, float] = {}
         if self.calibrate:
             shifts = dict(zip(self.tasks, self.model.heads.calibration.tolist(), strict=True))
@@ -222,7 +225,7 @@ def constant_rates(
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Metrics on ``events`` of what predicts for all the same, by system: ``SO_FAR`` and ``DAY_BEFORE``.
 
-    labels: as of :func:`label_counts`, of each day before. A task without a label there is left out.
+    labels: as of :func:`label_counts`, of each day before, at least one. A task without a label there is left out.
     """
     found: dict[str, dict[str, float]] = {}
     for system, days in ((SO_FAR, labels), (DAY_BEFORE, labels[-1:])):

@@ -203,7 +203,7 @@ def plot_days(days: list[dict[str, Any]], path: Path, panels: Sequence[Panel]) -
             axis.set_ylim(0, None)
     axes[-1].plot(place, [day.get("train_loss", np.nan) for day in days], color="tab:gray", linewidth=1.3)
     axes[-1].set(ylabel="training loss")
-    every = max(1, len(days) // 8)
+    every = max(1, -(-len(days) // 8))
     axes[-1].set_xticks(list(place)[::every], [day["day"] for day in days][::every], fontsize=7)
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """One pass over a log in time order, and the command ``hstu-stream``.
 
     hstu-stream experiment=ml-1m/hstu [stream.day_s=86400] [run.dir=FOLDER]
+    hstu-stream experiment=kuairand-pure/hstu-interleaved              a ranking: each day is predicted, then trained on
     hstu-stream data=log stream.watch=FOLDER stream.item_rows=1000000
     hstu-stream ... run.ranks=4                or: torchrun --nproc-per-node=4 -m hstu.stream_train ...
 
@@ -110,7 +111,7 @@ class StreamTrainer(Trainer):
         self._log(values, kind="next day", day=label, **self.problem.beside())
         known = {name: values[name] for name in self.problem.shown if not math.isnan(values.get(name, math.nan))}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in known.items())
-        self.display.say(f"{label}  before training on it: {shown or 'no event that follows another'}")
+        self.display.say(f"{label}  before training on it: {shown or 'no event that can be evaluated'}")
         self._say_state(values)
 
     def _end_epoch(self) -> None:

@@ -141,18 +141,19 @@ class TwoStage:
         recommender: gives the candidates.
         scorer: predicts the actions on them, from the user's history in its own store.
 
-    Raises UserError where the two stores share no item, or the first holds items by a hash (``stream.watch``).
+    Raises UserError where the two stores share no item, or one of them holds items by a hash (``stream.watch``).
     """
 
     def __init__(self, recommender: Recommender, scorer: Scorer) -> None:
         self.recommender, self.scorer = recommender, scorer
         self.tasks = scorer.data.config.tasks
         first, second = recommender.store, scorer.data.store
-        if recommender.hashed:
-            raise UserError(
-                f"retrieval: {first.path} holds items by a hash of their raw ids, which no other run knows; take a run "
-                "on a prepared store"
-            )
+        for name, store in (("retrieval", first), ("ranking", second)):
+            if store.meta.get("source") == "stream":
+                raise UserError(
+                    f"{name}: {store.path} holds items by a hash of their raw ids, which no other run knows; take "
+                    "a run on a prepared store"
+                )
         self.known_as = np.append(0, join_raw(first.item_raw_ids, second.item_raw_ids) + 1)
         """[items of the retrieval store + 1]: item id in the ranking store; 0: unknown there."""
         if not self.known_as.any():

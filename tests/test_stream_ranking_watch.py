@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from hstu.config import ColumnsConfig, Config, DataConfig
 from hstu.config_ranking import ActionConfig, FeatureConfig, RankingConfig, TaskConfig
 from hstu.config_stream import StreamConfig
+from hstu.data.days import RankingDayBatches, StoreDays
 from hstu.data.hashing import hash_codes
 from hstu.data.ranking import RankingData
+from hstu.data.share import Ranks
 from hstu.data.store import SequenceStore
 from hstu.data.watch import WatchedDays
 from hstu.errors import UserError
@@ -22,6 +25,7 @@ from hstu.prepare import prepare
 from hstu.runs import load_run
 from hstu.scoring import Scorer
 from hstu.stream_train import stream_train
+from hstu.two_stage import TwoStage
 from tests.data.test_watch import Clock, at, put, source
 from tests.ranking import config_of, ranking_config, rich_store
 
@@ -161,6 +165,36 @@ def test_a_watched_folder(tmp_path: Path) -> None:
     scorer = Scorer.load(folder)
     scores = scorer.score(scorer.encode(scorer.history(user=0)), np.arange(1, 4))
     assert scores["click"].shape == (3,)
+
+
+def test_a_day_whose_events_lie_on_others_is_passed_over(tmp_path: Path) -> None:
+    for number in (1, 2, 4):
+        arrive(tmp_path / "in", number)
+    write(tmp_path / "in", "2026-03-03", [("u1", "i1", 90_000, 1, 20, 3, "tab")])
+    stream = StreamConfig(watch=str(tmp_path / "in"), item_rows=200, settle_s=0, timeout_s=0)
+    folder = stream_train(watch_config(tmp_path), stream)
+    days = json.loads((folder / "days.json").read_text())["days"]
+    assert [(day["trained"], day.get("targets")) for day in days] == [(160, None), (160, 160), (0, None), (160, 160)]
+
+
+def test_two_stages_refuse_hashed_items(two_days: Path) -> None:
+    day = watched(two_days).open(1)
+    assert day is not None
+    retrieval, ranking = Mock(), Mock()
+    ranking.data.store, retrieval.store.meta = day.store, {}
+    with pytest.raises(UserError, match="ranking: .*2026-03-02 holds items by a hash of their raw ids"):
+        TwoStage(retrieval, ranking)
+
+
+@pytest.mark.parametrize("form", ["interleaved", "fused"])
+def test_a_sharded_log_is_trained_on_once_day_by_day(tmp_path: Path, form: str) -> None:
+    for number in (1, 2):
+        arrive(tmp_path / "in", number)
+    store = prepare(data_config(tmp_path, raw=str(tmp_path / "in"), shards=3), quiet=True)
+    data = RankingDayBatches(StoreDays(store, 86_400), watch_config(tmp_path, form=form))
+    steps = [(epoch, step) for epoch in (0, 1) for step in range(data.num_steps(epoch))]
+    rows = np.concatenate([data.share(epoch, step, Ranks()).batch.rows for epoch, step in steps])
+    assert np.array_equal(np.sort(rows), np.arange(320))
 
 
 @pytest.mark.parametrize(
