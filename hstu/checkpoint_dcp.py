@@ -94,7 +94,8 @@ class Pieces:
             if held is None or (held.shape, held.dtype) != (block.shape, block.dtype):
                 held = torch.empty(block.shape, dtype=block.dtype, pin_memory=block.is_cuda)
                 into[name, offsets] = held
-            copies.append((offsets, held.copy_(block.detach(), non_blocking=block.is_cuda)))
+            _copy(held, block.detach())
+            copies.append((offsets, held))
         return Pieces(self._size, copies)
 
     def split(self, limit: int = PIECE_BYTES) -> Pieces:
@@ -125,6 +126,16 @@ class Pieces:
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offsets), block.shape) for offsets, block in self.blocks]
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Piece by piece where the source is not contiguous, as it then passes through other memory of its GPU."""
+    if source.is_contiguous():
+        target.copy_(source, non_blocking=source.is_cuda)
+        return
+    rows = max(1, PIECE_BYTES * len(source) // source.nbytes)
+    for ours, theirs in zip(target.split(rows), source.split(rows), strict=True):
+        ours.copy_(theirs, non_blocking=source.is_cuda)
 
 
 def pieces_of(value: Tensor) -> Pieces:

@@ -10,6 +10,7 @@ a shared bank, ``S`` seen items over all users.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,17 @@ def initial_rows(num_rows: int, dim: int, seed: int) -> Tensor:
     values = torch.empty(num_rows, dim)
     generator = torch.Generator().manual_seed(seed)
     return nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+
+
+def num_parameters(model: nn.Module, tables: Sequence[nn.Module]) -> dict[str, int]:
+    """Parameters of a model: ``total``, and ``without_embeddings`` (everything but ``tables``).
+
+    Tables in parts on several ranks have a ``num_weights`` of their own, as this rank's parameters are not all.
+    """
+    held = [sum(p.numel() for p in table.parameters()) for table in tables]
+    rest = sum(p.numel() for p in model.parameters()) - sum(held)
+    whole = sum(getattr(table, "num_weights", count) for table, count in zip(tables, held, strict=True))
+    return {"total": rest + whole, "without_embeddings": rest}
 
 
 class ItemTable(nn.Module, ABC):

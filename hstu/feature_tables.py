@@ -100,6 +100,13 @@ class FeatureTables(nn.Module):
         self._register_state_dict_hook(_to_local_names)
         self.register_load_state_dict_pre_hook(_from_local_names)
 
+    @property
+    def num_weights(self) -> int:
+        """Of all ranks, without columns that are only stored."""
+        if not self.sharded:
+            return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.replicas.parameters()) + sum(i.num_rows * i.dim for i in self.initial)
+
     def _apply(self, fn: Any, recurse: bool = True) -> FeatureTables:
         if self.sharded:  # rows lie where they were planned
             self.replicas._apply(fn, recurse)

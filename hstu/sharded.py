@@ -69,6 +69,11 @@ class ShardedItemTable(ItemTable):
         self._register_state_dict_hook(_to_local_name)
         self.register_load_state_dict_pre_hook(_from_local_name)
 
+    @property
+    def num_weights(self) -> int:
+        """Of all ranks, without columns that are only stored."""
+        return (self.num_items + 1) * self.dim
+
     def extra_repr(self) -> str:
         return f"num_items={self.num_items}, dim={self.dim}, l2_normalize={self.l2_normalize}"
 

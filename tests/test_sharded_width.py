@@ -7,13 +7,15 @@ from unittest import mock
 import pytest
 import torch
 
-from hstu import checkpoint
+from hstu import checkpoint, checkpoint_dcp
 from hstu.config import from_dict
 from hstu.config_embedding import TABLE_OPTIMIZERS, EmbeddingConfig
 from hstu.config_model import HSTUConfig
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.export import item_vectors
+from hstu.feature_tables import FeatureTables
+from hstu.model.retrieval import RetrievalModel
 from hstu.runs import load_run, open_store
 from hstu.sharded_plan import TableShape, allowed_shardings, column_part, moved_by_fbgemm, table_bytes
 from hstu.sharded_width import stored_width, stretch_of
@@ -174,6 +176,26 @@ def test_sizes_are_told_as_they_are_stored():
     assert TableShape("item", 2**20, 52, (1.0,)).describe(config) == "item 1,048,576 x 52 0.207 GiB"
 
 
+def counted():
+    """Parameters of a model with item and feature tables, before these lie on the ranks and then."""
+    from hstu.sharded import shard
+
+    config = from_dict({"embedding": {"kind": "sharded", "optimizer": "adagrad"}, "model": {"dim": DIM}})
+    model = RetrievalModel(config.model, 37, embedding=config.embedding)
+    model.features = FeatureTables({"genre": 5, "city": 3}, DIM, sharded=True, whole=["city"])
+    tables = [model.table, model.features]
+    model.tables = lambda: tables
+    before = model.num_parameters()
+    shard(model, config, World.current())
+    return before, model.num_parameters()
+
+
+def test_parameters_are_counted_by_the_columns_of_the_model_on_all_ranks():
+    dense = RetrievalModel(HSTUConfig(dim=DIM), 37).num_parameters()["without_embeddings"]
+    expected = {"total": dense + (38 + 5 + 3) * DIM, "without_embeddings": dense}
+    assert run_ranks(2, counted) == [(expected, expected)] * 2
+
+
 # Checkpoints
 
 
@@ -214,6 +236,16 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, optimizer):
     assert all(torch.equal(ours, expected) for ours, expected in zip(parts[0], whole[0], strict=True))
     one, two = (checkpoint.load_last(tmp_path / name).tensors("optimizer.") for name in "ab")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_columns_are_copied_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(checkpoint_dcp, "PIECE_BYTES", 3 * 6 * 4)
+    stored = torch.arange(11 * 8.0).view(11, 8)
+    held = {}
+    copied = checkpoint_dcp.Pieces(torch.Size([11, 6]), [((0, 0), stored[:, :6])]).copied(held, "table")
+    stored += 1.0
+    ((offsets, block),) = copied.blocks
+    assert offsets == (0, 0) and block.is_contiguous() and torch.equal(block, stored[:, :6] - 1.0)
 
 
 # hstu-train

@@ -18,7 +18,7 @@ from hstu.config_ranking import RankingConfig
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import Features, RankingBatch
 from hstu.distributed import World
-from hstu.embedding import INIT_STD
+from hstu.embedding import INIT_STD, num_parameters
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables
 from hstu.model.encoder import Layout, make_encoder
@@ -187,13 +187,11 @@ class RankingModel(nn.Module):
 
     def tables(self) -> list[nn.Module]:
         """Modules whose parameters are embedding tables of ids."""
-        return [self.table, self.item_tables, self.user_tables]
+        return [*self.table.embeddings(), self.item_tables, self.user_tables]
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters: ``total``, and ``without_embeddings`` (without item and feature tables)."""
-        total = sum(p.numel() for p in self.parameters())
-        in_tables = sum(p.numel() for t in self.tables() for p in t.parameters())
-        return {"total": total, "without_embeddings": total - in_tables}
+        return num_parameters(self, self.tables())
 
 
 class NumberTokens(nn.Module):

@@ -13,7 +13,7 @@ from hstu.config import LossConfig, ModelConfig
 from hstu.config_embedding import EmbeddingConfig
 from hstu.data.batches import Batch
 from hstu.distributed import World
-from hstu.embedding import NORM_EPS, ItemTable, LocalItemTable
+from hstu.embedding import NORM_EPS, ItemTable, LocalItemTable, num_parameters
 from hstu.item_rows import MappedTable, make_item_rows
 from hstu.model.encoder import make_encoder
 from hstu.model.losses import make_loss
@@ -90,11 +90,7 @@ class RetrievalModel(nn.Module):
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters: ``total``, and ``without_embeddings`` (everything but the tables of ids)."""
-        total = sum(p.numel() for p in self.parameters())
-        return {
-            "total": total,
-            "without_embeddings": total - sum(p.numel() for table in self.tables() for p in table.parameters()),
-        }
+        return num_parameters(self, self.tables())
 
 
 def make_table(config: ModelConfig, num_items: int, embedding: EmbeddingConfig | None = None) -> ItemTable:
