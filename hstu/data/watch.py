@@ -303,7 +303,9 @@ def merge_day(before: SequenceStore | None, events: dict[str, np.ndarray], keep:
         column[new] = events[name][order]
     if before is not None:
         history = joined_ranges(offsets[:-1], kept)
-        known = {"item": before.item_ids, "time": before.timestamps, "actions": before.actions, **before.columns}
+        known = {"item": before.item_ids, "time": before.timestamps, **before.columns}
+        if before.actions is not None:
+            known["actions"] = before.actions
         for name, column in columns.items():
             column[history] = known[name][rows]
     return Merged(users, offsets, columns.pop("item"), columns.pop("time"), offsets[:-1] + kept, columns)
