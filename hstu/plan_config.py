@@ -12,7 +12,10 @@ from typing import Any
 from hstu.config import LossConfig, build
 from hstu.config_embedding import EmbeddingConfig
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig
+from hstu.config_ranking import RankingConfig
 from hstu.errors import UserError, check, one_of
+from hstu.plan_features import FeaturePlanConfig, Features, FeatureTable, plan_features
+from hstu.plan_features import from_options as features_from_options
 
 GIB = 2.0**30
 FLOAT, INT64, INT32 = 4, 8, 4
@@ -175,9 +178,9 @@ class BatchPlanConfig:
     """One step on one GPU."""
 
     tokens_per_gpu: int = 32768
-    """Tokens (events; both kinds of an interleaved model) in a GPU's part of the batch."""
+    """Tokens in a GPU's part of the batch: events; with ranking both kinds of the interleaved form, and prefixes."""
     mean_len: float | None = None
-    """Mean tokens of a user; null: a third of ``max_len``."""
+    """Mean events of a user (ranking: of a sequence; of a fused one, of its history); null: a third of ``max_len``."""
     max_len: int | None = None
     """Longest user: another name for ``model.max_len``. null: that."""
     mean_square_len: float | None = None
@@ -188,6 +191,29 @@ class BatchPlanConfig:
         check(self.tokens_per_gpu >= 1, "batch.tokens_per_gpu", self.tokens_per_gpu, ">= 1")
         check(self.max_len is None or self.max_len >= 1, "batch.max_len", self.max_len, ">= 1 or null")
         check(self.mean_len is None or self.mean_len >= 1, "batch.mean_len", self.mean_len, ">= 1 or null")
+
+
+@dataclass(frozen=True)
+class TokenForm:
+    """How events become tokens.
+
+    Attributes:
+        prefix: tokens before the events of a sequence. per_event: 2 where item and action take turns.
+        targets: events that a sequence of the fused form predicts, beyond its history. is_fused: the fused form.
+    """
+
+    prefix: int = 0
+    per_event: int = 1
+    targets: int = 0
+    is_fused: bool = False
+
+    def tokens_of(self, events: Any) -> Any:
+        """Tokens of so many events, those predicted included; a number or an array."""
+        return self.prefix + self.per_event * events
+
+
+EVENTS = TokenForm()
+"""Retrieval: an event is a token."""
 
 
 @dataclass
@@ -203,13 +229,24 @@ class PlanConfig:
     """As run.precision: bfloat16 (autocast) or float32."""
     out: str | None = None
     """JSON file to write."""
+    ranking: RankingConfig | None = None
+    """Tasks, actions and features of a ranking model, which has no ``loss`` over items; None: retrieval."""
+    features: dict[str, FeaturePlanConfig] = field(default_factory=dict)
+    """ranking: tables of features, by name."""
 
     def __post_init__(self) -> None:
+        check(self.ranking is not None or not self.features, "features", list(self.features),
+              "none without a ranking model, as in ranking=kuairand")  # fmt: skip
+        if self.form.is_fused and self.model.name != "hstu":
+            raise UserError(
+                f"ranking.form=fused with model={self.model.name}: only hstu knows targets; use interleaved"
+            )
         one_of("precision", self.precision, ("float32", "bfloat16"))
         longest, mean = self.model.max_len, self.mean_len
         check(mean <= longest, "batch.mean_len", mean, f"<= batch.max_len={longest}")
-        check(self.batch.tokens_per_gpu >= mean, "batch.tokens_per_gpu", self.batch.tokens_per_gpu,
-              f"at least one user's tokens, batch.mean_len={mean:g}")  # fmt: skip
+        least = self.form.tokens_of(mean + self.form.targets)
+        check(self.batch.tokens_per_gpu >= least, "batch.tokens_per_gpu", self.batch.tokens_per_gpu,
+              f"at least one user's tokens, {least:g} with batch.mean_len={mean:g}")  # fmt: skip
         square = self.batch.mean_square_len
         check(square is None or mean**2 <= square <= mean * longest, "batch.mean_square_len", square,
               f"from mean_len^2={mean**2:g} to mean_len * max_len={mean * longest:g}")  # fmt: skip
@@ -217,6 +254,29 @@ class PlanConfig:
     @property
     def mean_len(self) -> float:
         return max(1.0, self.model.max_len / 3) if self.batch.mean_len is None else self.batch.mean_len
+
+    @property
+    def all_features(self) -> Features:
+        """Of the ranking model; of retrieval none."""
+        return Features() if self.ranking is None else plan_features(self.ranking, self.features)
+
+    @property
+    def form(self) -> TokenForm:
+        """How events become tokens."""
+        if self.ranking is None:
+            return EVENTS
+        prefix = self.all_features.num_prefix
+        if self.ranking.form == "fused":
+            return TokenForm(prefix, 1, self.ranking.targets, True)
+        return TokenForm(prefix, 2)
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """What the encoder is made from: ``max_len`` in tokens; ranking scores no items."""
+        if self.ranking is None:
+            return self.model
+        longest = self.form.tokens_of(self.model.max_len + self.form.targets)
+        return dataclasses.replace(self.model, max_len=longest, l2_normalize=False)
 
     @property
     def peak_tflops(self) -> float:
@@ -239,6 +299,11 @@ class PlanConfig:
         """The same on another number of GPUs."""
         return dataclasses.replace(self, cluster=dataclasses.replace(self.cluster, gpus=gpus))
 
+    def of_feature(self, table: FeatureTable) -> PlanConfig:
+        """The same with the table of a feature in place of that of items."""
+        own = {} if table.sharding is None else {"sharding": table.sharding}
+        return self.with_table(rows=max(1, table.rows - 1), **own)
+
     def with_table(self, **changes: Any) -> PlanConfig:
         """The same with another kind of table."""
         return dataclasses.replace(self, embedding=dataclasses.replace(self.embedding, **changes))
@@ -256,6 +321,7 @@ def from_options(options: Mapping[str, Any], given: tuple[str, ...] = ()) -> Pla
     model = dict(values.get("model") or {})
     name = model.get("name", "hstu")
     one_of("model.name", name, tuple(MODELS))
+    ranking = dict(values.get("ranking") or {})
     table, batch = dict(values.get("embedding") or {}), dict(values.get("batch") or {})
     for section, key, values_of in (("embedding", "dim", table), ("batch", "max_len", batch)):
         value = values_of.get(key)
@@ -273,6 +339,8 @@ def from_options(options: Mapping[str, Any], given: tuple[str, ...] = ()) -> Pla
         batch=build(BatchPlanConfig, batch, "batch."),
         model=build(MODELS[name], model, "model."),
         loss=build(LossConfig, dict(values.get("loss") or {}), "loss."),
+        ranking=build(RankingConfig, ranking, "ranking.") if ranking else None,
+        features=features_from_options(dict(values.get("features") or {})),
         precision=str(values.get("precision", "bfloat16")),
         out=values.get("out"),
     )

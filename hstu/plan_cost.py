@@ -85,7 +85,7 @@ def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
     if config.cluster.gpus == 1:
         return []
     network = Network(config)
-    dense = FLOAT * float(dense_parameters(config.model))
+    dense = FLOAT * float(dense_parameters(config))
     if is_replicated(config):
         dense += FLOAT * float(config.embedding.rows + 1) * config.model.dim
         return [network.all_gather("gradients of dense weights", dense, 1, passes=2)]
@@ -155,7 +155,7 @@ class TimePart:
 
 def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     """Everything but communication."""
-    model, layers = config.model, config.model.num_blocks
+    layers = config.model.num_blocks
     cluster = config.cluster
     touched = TOUCHES * layers * layer_bytes(config, work)
     parts = [
@@ -164,7 +164,7 @@ def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
         *_loss_parts(config, work),
     ]
     parts += _embedding(config, work)
-    dense = float(dense_parameters(model)) * FLOAT * ADAMW_FLOATS
+    dense = float(dense_parameters(config)) * FLOAT * ADAMW_FLOATS
     return [*parts, _part(config, "dense optimizer", 0.0, dense, 1.0)]
 
 

@@ -12,8 +12,11 @@ from hstu.plan_work import Workload
 
 BATCH_COLUMNS = 5
 """int64 numbers of a token in a batch: item, label, time, request time, row."""
-SOFTMAX_LAYER_ROWS = 9
-"""Float32 rows of width D a token that the backward of a SASRec or Transformer layer needs at once."""
+SOFTMAX_LAYER_ROWS, FREED_ROWS = 11.5, 2.0
+"""Float32 rows of width D a token: those that the backward of softmax attention needs at once in a SASRec or Transformer
+layer, and those that the feed-forward part, which comes first, has given back by then beside its own (measured)."""
+FFN_ROWS = 2.0
+"""Float32 rows of width F a token that the backward of the feed-forward part needs at once."""
 TEMPORAL_COPIES = 4.1
 """FuXi-Linear's temporal weights are made from so many arrays of their size at once (measured)."""
 PAIR_BLOCK = 64
@@ -26,7 +29,7 @@ def layer_bytes(config: PlanConfig, work: Workload) -> float:
     Under autocast the residual stream stays float32 and what products give is narrow; so is the copy of its input that
     a linear layer keeps.
     """
-    model, low = config.model, config.activation_bytes
+    model, low = config.encoder, config.activation_bytes
     tokens, dim = work.tokens, model.dim
     if isinstance(model, HSTUConfig):  # the layer's input; u, v, q, k side by side; the attended values
         values = model.num_heads * model.v_dim
@@ -86,7 +89,7 @@ def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
 
     With dropout on the weights the padded path keeps them twice, before and after, and its mask of one byte.
     """
-    low, dim, heads = config.activation_bytes, config.model.dim, config.model.num_heads
+    low, dim, heads = config.activation_bytes, config.encoder.dim, config.encoder.num_heads
     if config.torch_path:
         return work.tokens * 3 * dim * low
     slots = work.users * work.longest
@@ -98,14 +101,16 @@ def _softmax_bytes(config: PlanConfig, work: Workload, dropout: float) -> float:
 
 def layer_workspace(config: PlanConfig, work: Workload) -> float:
     """What the backward pass of one layer needs beside what is kept; measured on the CPU, as docs/plan.md says."""
-    model, low = config.model, config.activation_bytes
+    model, low = config.encoder, config.activation_bytes
     if isinstance(model, HSTUConfig):  # the projection once more and its gradient
         width = 2 * model.num_heads * (model.v_dim + model.qk_dim)
-        return work.tokens * (2 * low * width + FLOAT * model.dim)
+        return work.tokens * (2 * low * width + 2 * FLOAT * model.dim)
     if isinstance(model, FuXiLinearConfig):  # gradients of q, k and the values, padded
         slots = fuxi_chunks(model, work)[2]
-        return slots * low * (2 * model.num_heads * model.qk_dim + 3 * model.dim)
-    needed = SOFTMAX_LAYER_ROWS * work.tokens * FLOAT * model.dim
+        return slots * low * (2 * model.num_heads * model.qk_dim + 3 * model.dim) + work.tokens * FLOAT * model.dim
+    freed = FREED_ROWS * model.dim + (2 if isinstance(model, SASRecConfig) else 4) * model.ffn_dim
+    rows = max(SOFTMAX_LAYER_ROWS * model.dim - freed, FFN_ROWS * model.ffn_dim + model.dim)
+    needed = work.tokens * FLOAT * rows
     if config.torch_path or not (isinstance(model, SASRecConfig) and model.dropout):
         return needed
     return needed + 2 * FLOAT * model.num_heads * work.users * work.longest**2  # gradients of the padded weights
@@ -113,34 +118,40 @@ def layer_workspace(config: PlanConfig, work: Workload) -> float:
 
 def early_workspace(config: PlanConfig, work: Workload) -> float:
     """What the forward pass needs before the first layer, while nothing is kept: FuXi-Linear's temporal weights."""
-    if not isinstance(config.model, FuXiLinearConfig):
+    if not isinstance(config.encoder, FuXiLinearConfig):
         return 0.0
-    return TEMPORAL_COPIES * _temporal_bytes(config.model, work, FLOAT)
+    return TEMPORAL_COPIES * _temporal_bytes(config.encoder, work, FLOAT)
 
 
-def input_bytes(config: PlanConfig, work: Workload) -> float:
-    """The batch and what all layers share: the plan of the attention."""
-    columns, model = work.tokens * INT64 * BATCH_COLUMNS, config.model
+def batch_bytes(config: PlanConfig, work: Workload) -> float:
+    """Columns of a retrieval batch."""
+    return work.tokens * INT64 * BATCH_COLUMNS
+
+
+def layout_bytes(config: PlanConfig, work: Workload) -> float:
+    """What the layers share of the batch's layout: the plan of the attention."""
+    model = config.encoder
     if isinstance(model, FuXiLinearConfig):
-        return columns
+        return 0.0
     if not config.torch_path:
-        return columns + work.tokens * 2 * INT32  # ages of queries and keys
+        return work.tokens * 2 * INT32  # ages of queries and keys
     rows = 2 * work.tokens * INT64
-    if not (isinstance(model, HSTUConfig) and model.bias.time):
-        return columns + rows
+    with_time = isinstance(model, HSTUConfig) and model.bias.time
+    if config.form.is_fused:  # whole squares: hidden pairs, where each stands, its bucket
+        return rows + work.squares * (1 + INT32 + INT32 * with_time)
     block = min(PAIR_BLOCK, work.longest)
-    return columns + rows + INT32 * (work.squares / 2 + work.tokens * block / 2)
+    return rows + INT32 * (work.squares / 2 + work.tokens * block / 2) * with_time
 
 
 def shared_bytes(config: PlanConfig, work: Workload) -> float:
     """What the layers keep together: FuXi-Linear's temporal weights, where they need not be narrowed for each."""
-    shared = isinstance(config.model, FuXiLinearConfig) and config.activation_bytes == FLOAT
-    return _temporal_bytes(config.model, work, FLOAT) if shared else 0.0
+    shared = isinstance(config.encoder, FuXiLinearConfig) and config.activation_bytes == FLOAT
+    return _temporal_bytes(config.encoder, work, FLOAT) if shared else 0.0
 
 
 def output_bytes(config: PlanConfig, work: Workload) -> float:
     """What is kept between the last layer and the loss: L2 normalisation, a final norm."""
-    kept = work.tokens * (FLOAT * config.model.dim + 2 * FLOAT) if config.model.l2_normalize else 0.0
-    if isinstance(config.model, TransformerConfig):
-        kept += work.tokens * (2 * FLOAT * config.model.dim + FLOAT)
+    kept = work.tokens * (FLOAT * config.encoder.dim + 2 * FLOAT) if config.encoder.l2_normalize else 0.0
+    if isinstance(config.encoder, TransformerConfig):
+        kept += work.tokens * (2 * FLOAT * config.encoder.dim + FLOAT)
     return kept

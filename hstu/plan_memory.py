@@ -17,9 +17,27 @@ from hstu.config import build
 from hstu.config_model import MODELS, ModelConfig
 from hstu.errors import UserError
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
-from hstu.plan_layers import early_workspace, input_bytes, layer_bytes, layer_workspace, output_bytes, shared_bytes
+from hstu.plan_layers import (
+    batch_bytes,
+    early_workspace,
+    layer_bytes,
+    layer_workspace,
+    layout_bytes,
+    output_bytes,
+    shared_bytes,
+)
 from hstu.plan_losses import loss_memory
-from hstu.plan_tables import is_replicated, num_shards, row_width, shard_shape, table_bytes
+from hstu.plan_ranking import batch_bytes as ranking_batch
+from hstu.plan_ranking import ranking_parameters, token_bytes
+from hstu.plan_tables import (
+    is_replicated,
+    lookups,
+    num_shards,
+    row_width,
+    shard_shape,
+    table_bytes,
+    whole_gradients,
+)
 from hstu.plan_work import Workload
 
 CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
@@ -27,13 +45,14 @@ CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
 same)."""
 
 
-def dense_parameters(model: ModelConfig) -> int:
-    """Parameters of everything but the table, counted on the meta device."""
-    return _dense_parameters(model.name, json.dumps(dataclasses.asdict(model)))
+def dense_parameters(config: PlanConfig) -> int:
+    """Parameters of everything but the tables, counted on the meta device."""
+    around = 0 if config.ranking is None else ranking_parameters(config)
+    return around + _encoder_parameters(config.encoder.name, json.dumps(dataclasses.asdict(config.encoder)))
 
 
 @cache
-def _dense_parameters(name: str, text: str) -> int:
+def _encoder_parameters(name: str, text: str) -> int:
     from hstu.model.encoder import make_encoder
 
     model = build(MODELS[name], json.loads(text))
@@ -81,35 +100,34 @@ class Memory:
 
 def saved_bytes(config: PlanConfig, work: Workload) -> list[Part]:
     """What autograd keeps between forward and backward, by layer."""
-    parts = [Part("batch and plan", input_bytes(config, work))]
+    ranking = config.ranking is not None
+    columns = ranking_batch(config, work) if ranking else batch_bytes(config, work)
+    parts = [Part("batch and plan", columns + layout_bytes(config, work))]
+    if ranking:
+        parts.append(Part("features", token_bytes(config, work)))
     if shared := shared_bytes(config, work):
         parts.append(Part("shared by layers", shared))
     each = layer_bytes(config, work)
     parts += [Part(f"layer {index + 1}", each) for index in range(config.model.num_blocks)]
-    return [*parts, Part("output", output_bytes(config, work)), Part("loss", loss_memory(config, work).kept)]
+    loss = Part("heads" if ranking else "loss", loss_memory(config, work).kept)
+    return [*parts, Part("output", output_bytes(config, work)), loss]
 
 
 def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     """Memory of the fullest GPU by part."""
     check_model(config.model)
-    sheet, table = config.cluster.sheet, config.embedding
-    rows, state = table_bytes(config)
-    host, extra = 0.0, 0.0
-    if table.placement != "hbm":
-        local = min(sheet.gpus_per_node, config.cluster.gpus, num_shards(config))
-        host = (rows + state) * local
-        cached = table.cache_fraction if table.placement == "uvm_caching" else 0.0
-        slots = shard_shape(config)[0]
-        extra = slots * (CACHE_ROW_BYTES + cached * CACHE_SLOT_BYTES) if cached else 0.0
-        rows, state = rows * cached, state * cached
-    dense = float(FLOAT * dense_parameters(config.model))
-    whole = float(table.rows + 1) * config.model.dim * FLOAT if is_replicated(config) else 0.0
+    placed = [place_table(lookup.config) for lookup in lookups(config, work)]
+    dense, whole = float(FLOAT * dense_parameters(config)), whole_gradients(config, work)
     loss, kept = loss_memory(config, work), saved_bytes(config, work)
     early = max(loss.draws, early_workspace(config, work)) - sum(part.bytes for part in kept)
-    layer = layer_workspace(config, work) - loss.kept  # by then the loss has given back what it kept
-    parts = [
-        Part("table", rows + extra),
-        Part("table optimizer", state),
+    # By then loss and output have given back what they kept; gradients of item tokens wait for the first layer's.
+    waiting = work.events * FLOAT * config.model.dim if config.ranking is not None else 0.0
+    layer = layer_workspace(config, work) + waiting - loss.kept - output_bytes(config, work)
+    parts = [Part("table", placed[0].rows), Part("table optimizer", placed[0].state)]
+    if placed[1:]:
+        parts.append(Part("feature tables", sum(table.rows for table in placed[1:])))
+        parts.append(Part("their optimizer", sum(table.state for table in placed[1:])))
+    parts += [
         Part("dense weights", dense),
         Part("gradients", dense + whole),
         Part("dense optimizer (AdamW)", 2 * dense),
@@ -117,11 +135,34 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
         Part("workspace", max(loss.workspace, layer, early)),
         Part("communication", communication_buffers(config, work, dense + whole)),
     ]
-    hbm = sheet.hbm_gib * GIB
-    return Memory(tuple(parts), hbm * (1 - config.cluster.reserve), host, sheet.ddr_gib * GIB)
+    sheet, host = config.cluster.sheet, sum(table.host for table in placed)
+    limit = sheet.hbm_gib * GIB * (1 - config.cluster.reserve)
+    return Memory(tuple(parts), limit, host, sheet.ddr_gib * GIB)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Bytes of the largest shard of a table on a GPU: rows, state; and of all shards of a node in host memory."""
+
+    rows: float
+    state: float
+    host: float = 0.0
+
+
+def place_table(config: PlanConfig) -> Placed:
+    """The item table of ``config``, in GPU or host memory."""
+    table, sheet = config.embedding, config.cluster.sheet
+    rows, state = table_bytes(config)
+    if table.placement == "hbm":
+        return Placed(rows, state)
+    local = min(sheet.gpus_per_node, config.cluster.gpus, num_shards(config))
+    cached = table.cache_fraction if table.placement == "uvm_caching" else 0.0
+    extra = shard_shape(config)[0] * (CACHE_ROW_BYTES + cached * CACHE_SLOT_BYTES) if cached else 0.0
+    return Placed(rows * cached + extra, state * cached, (rows + state) * local)
 
 
 def communication_buffers(config: PlanConfig, work: Workload, gradients: float) -> float:
     """Rows of the events and their ids on the way (sent and received at once), and DDP's buckets of gradients."""
-    rows = 0.0 if is_replicated(config) else 2 * work.tokens * (FLOAT * row_width(config) + INT64)
+    spread = [lookup for lookup in lookups(config, work) if not is_replicated(lookup.config)]
+    rows = sum(2 * lookup.rows * (FLOAT * row_width(config) + INT64) for lookup in spread)
     return rows + (gradients if config.cluster.gpus > 1 else 0.0)

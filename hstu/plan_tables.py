@@ -6,10 +6,48 @@ Legend: N GPUs, D model width.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from hstu.plan_config import DTYPE_BYTES, PlanConfig
+from hstu.plan_config import DTYPE_BYTES, FLOAT, PlanConfig
+from hstu.plan_work import Workload
 from hstu.sharded_plan import column_part, state_bytes
 from hstu.sharded_width import stored_width
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One table and what a GPU asks of it in a step.
+
+    Attributes:
+        name: ``events`` for the item table, else that of the feature.
+        config: with this table in place of the item table.
+        rows: looked up, repeats included.
+    """
+
+    name: str
+    config: PlanConfig
+    rows: float
+
+
+def values_of(config: PlanConfig, work: Workload) -> dict[str, float]:
+    """Codes that a GPU looks up in a step, by feature."""
+    rows = {"item": work.events, "user": work.users}
+    return {table.name: rows[table.of] * table.values for table in config.all_features.tables}
+
+
+def lookups(config: PlanConfig, work: Workload) -> list[Lookup]:
+    """The item table, then those of features."""
+    values = values_of(config, work)
+    tables = config.all_features.tables
+    return [
+        Lookup("events", config, work.events), *(Lookup(t.name, config.of_feature(t), values[t.name]) for t in tables)
+    ]  # fmt: skip
+
+
+def whole_gradients(config: PlanConfig, work: Workload) -> float:
+    """Bytes of the gradients of tables that are whole on every GPU."""
+    whole = [lookup.config for lookup in lookups(config, work) if is_replicated(lookup.config)]
+    return float(sum((own.embedding.rows + 1) * own.model.dim * FLOAT for own in whole))
 
 
 def is_replicated(config: PlanConfig) -> bool:

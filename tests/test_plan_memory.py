@@ -248,4 +248,4 @@ def test_host_memory_of_a_cached_table() -> None:
 def test_other_models_are_refused() -> None:
     config = planned(HSTUConfig(similarity="mixture_of_logits", l2_normalize=False))
     with pytest.raises(UserError, match="mixture_of_logits: hstu-plan knows"):
-        plan_memory(config, Workload(100, 1, 100, 1e4, 5e3))
+        plan_memory(config, Workload(100, 1, 100, 1e4, 5e3, 100, 100))

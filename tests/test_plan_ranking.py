@@ -1,0 +1,200 @@
+"""The plan of ranking models against real ones: bytes kept, weights, peaks, features, options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from hstu.config import FuXiLinearConfig, HSTUConfig, SASRecConfig, TransformerConfig
+from hstu.config_embedding import EmbeddingConfig
+from hstu.config_model import ModelConfig
+from hstu.config_ranking import ActionConfig, FeatureConfig, HeadConfig, RankingConfig, TaskConfig
+from hstu.data.ranking import num_bits
+from hstu.data.ranking_batches import Features, RankingBatch, make_features
+from hstu.distributed import World
+from hstu.model.ranking import RankingModel
+from hstu.plan_config import BatchPlanConfig, ClusterConfig, FeaturePlanConfig, PlanConfig, TablePlanConfig
+from hstu.plan_memory import dense_parameters, plan_memory, saved_bytes
+from hstu.plan_work import Workload
+from tests.test_plan_memory import allocated_peak
+
+ITEMS = 3000
+LENGTHS = np.maximum(1, (120 * (np.arange(1, 17) / 16) ** 2).astype(np.int64))
+"""Skewed: 1 .. 120 events."""
+TASKS = {"click": TaskConfig(), "like": TaskConfig()}
+ACTIONS = {"click": ActionConfig(), "seconds": ActionConfig(kind="thresholds", thresholds=[1.0, 3.0, 7.0])}
+FEATURES: dict[str, dict[str, FeatureConfig]] = {
+    "item_features": {
+        "author": FeatureConfig(),
+        "tag": FeatureConfig(separator="|"),
+        "price": FeatureConfig("numeric"),
+    },
+    "event_features": {"hour_of_day": FeatureConfig()},
+    "user_features": {"country": FeatureConfig(), "age": FeatureConfig("numeric")},
+}
+GIVEN = {"author": FeaturePlanConfig(rows=500), "tag": FeaturePlanConfig(rows=50, values=2.5),
+         "country": FeaturePlanConfig(rows=7)}  # fmt: skip
+HSTU = HSTUConfig(dim=64, num_heads=2, qk_dim=32, v_dim=32, max_len=120)
+EXPERTS = HeadConfig(hidden=[64, 32], shared_experts=2, task_experts=1, dropout=0.1)
+LEVELS = {"rating": TaskConfig(kind="ordinal", levels=[1.0, 2.0, 3.0]), "time": TaskConfig(kind="regression")}
+CASES: dict[str, tuple[ModelConfig, RankingConfig]] = {
+    "interleaved": (HSTU, RankingConfig(tasks=TASKS, actions=ACTIONS, **FEATURES)),
+    "no features": (HSTU, RankingConfig(tasks=TASKS, actions=ACTIONS)),
+    "fused": (HSTU, RankingConfig(form="fused", targets=8, tasks=TASKS, actions=ACTIONS, **FEATURES)),
+    "experts": (HSTU, RankingConfig(tasks=TASKS, actions=ACTIONS, head=EXPERTS, **FEATURES)),
+    "levels": (HSTU, RankingConfig(tasks=LEVELS, actions=ACTIONS, head=HeadConfig(hidden=[256]))),
+    "transformer": (TransformerConfig(dim=96, ffn_dim=256, max_len=120),
+                    RankingConfig(tasks=TASKS, actions=ACTIONS, **FEATURES)),
+    "sasrec": (SASRecConfig(dim=64, max_len=120), RankingConfig(tasks=TASKS, actions=ACTIONS)),
+    "fuxi": (FuXiLinearConfig(max_len=120), RankingConfig(tasks=TASKS, actions=ACTIONS, **FEATURES)),
+}  # fmt: skip
+
+
+def planned(model: ModelConfig, ranking: RankingConfig, precision: str = "float32", ranks: int = 1,
+            **table: Any) -> PlanConfig:  # fmt: skip
+    table = table or {"kind": "local", "optimizer": "adamw"}
+    cluster = ClusterConfig(gpu="cpu", gpus=ranks, gpus_per_node=8)
+    given = {name: value for name, value in GIVEN.items() if ranking.item_features}
+    return PlanConfig(TablePlanConfig(rows=ITEMS, **table), cluster, BatchPlanConfig(mean_len=1.0), model,
+                      precision=precision, ranking=ranking, features=given)  # fmt: skip
+
+
+def data_of(config: PlanConfig) -> Any:
+    """What a ranking model asks of a store, from the plan's sizes."""
+    ranking, features = config.ranking, config.all_features
+    assert ranking is not None
+    return SimpleNamespace(
+        store=SimpleNamespace(num_items=ITEMS),
+        num_prefix=features.num_prefix,
+        token_feature_sizes={f"item.{table.name}": table.rows for table in features.of("item")},
+        user_feature_sizes={table.name: table.rows for table in features.of("user")},
+        token_number_names=["item.number"] * features.numbers,
+        user_number_names=["number"] * features.user_numbers,
+        num_action_bits=sum(num_bits(action) for action in ranking.actions.values()),
+    )
+
+
+def make_model(config: PlanConfig) -> RankingModel:
+    assert config.ranking is not None
+    table = config.embedding
+    embedding = EmbeddingConfig(kind=table.kind, optimizer=table.optimizer, sharding=table.sharding)
+    return RankingModel(config.model, config.ranking, data_of(config), embedding=embedding)
+
+
+def make_batch(config: PlanConfig, lengths: np.ndarray, seed: int = 0) -> RankingBatch:
+    """lengths: [S] events of each sequence, those that are predicted included."""
+    ranking, data = config.ranking, data_of(config)
+    assert ranking is not None
+    generator = np.random.default_rng(seed)
+    total, owner = int(lengths.sum()), np.repeat(np.arange(len(lengths)), lengths)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    num_targets = np.minimum(lengths, ranking.targets) if ranking.form == "fused" else lengths
+    targets = np.flatnonzero(np.arange(total) >= (offsets[1:] - num_targets)[owner])
+    codes = {table.name: table for table in config.all_features.tables}
+
+    def features(names: list[str], rows: int, numbers: int) -> Features:
+        coded = {}
+        for name in names:
+            table = codes[name.removeprefix("item.")]
+            each = np.ones(rows, np.int64)
+            if table.values != 1.0:  # two or three, half of each
+                each = np.resize(np.array([2, 3]), rows)
+            coded[name] = generator.integers(0, table.rows, each.sum()), each
+        return make_features(coded, generator.standard_normal((rows, numbers)).astype(np.float32))
+
+    bits = generator.integers(0, 2, (total, data.num_action_bits)).astype(np.float32)
+    return RankingBatch(
+        offsets=torch.from_numpy(offsets),
+        item_ids=torch.from_numpy(generator.integers(1, ITEMS + 1, total)),
+        timestamps=torch.from_numpy(generator.integers(0, 86_400, total).cumsum()),
+        action_bits=torch.from_numpy(bits),
+        num_targets=torch.from_numpy(num_targets),
+        targets=torch.from_numpy(targets),
+        labels={task: torch.from_numpy(generator.integers(0, 2, len(targets)).astype(np.float32))
+                for task in ranking.tasks},
+        rows=torch.from_numpy(targets),
+        users=torch.arange(len(lengths)),
+        item_features=features(list(data.token_feature_sizes), total, len(data.token_number_names)),
+        user_features=features(list(data.user_feature_sizes), len(lengths), len(data.user_number_names)),
+        max_len=int(lengths.max()),
+        max_targets=int(num_targets.max()),
+    )  # fmt: skip
+
+
+def work_of(config: PlanConfig, lengths: np.ndarray) -> Workload:
+    assert config.ranking is not None
+    return Workload.of_lengths(lengths, config.model, config.form, np.minimum(lengths, config.form.targets))
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from tensors_in(getattr(value, item.name))
+
+
+def kept_bytes(model: RankingModel, batch: RankingBatch, precision: str, world: World | None = None) -> int:
+    """Bytes of the batch, its plan, and the distinct storages that the loss keeps for the backward pass."""
+    plan = model.plan(batch)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {t.untyped_storage().data_ptr(): t for part in (batch, plan) for t in tensors_in(part)}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in parameters:
+            kept[place] = tensor
+        return tensor
+
+    low = precision == "bfloat16"
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        model.loss(batch, 1, plan, world)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 0.02), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_ranking_model_keeps(case: str, precision: str, bound: float) -> None:
+    config = planned(*CASES[case], precision)
+    measured = kept_bytes(make_model(config), make_batch(config, LENGTHS), precision)
+    parts = saved_bytes(config, work_of(config, LENGTHS))
+    assert sum(part.bytes for part in parts) == pytest.approx(measured, rel=bound)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights(case: str) -> None:
+    config = planned(*CASES[case])
+    model = make_model(config)
+    memory = plan_memory(config, work_of(config, LENGTHS))
+    counts = model.num_parameters()
+    assert dense_parameters(config) == counts["without_embeddings"]
+    assert memory.of("table") == 4 * (ITEMS + 1) * config.model.dim
+    features = memory.of("feature tables") if config.all_features.tables else 0.0
+    assert memory.of("table") + features == 4 * (counts["total"] - counts["without_embeddings"])
+    assert memory.of("gradients") == 4 * counts["total"]
+
+
+@pytest.mark.parametrize("case", ["interleaved", "fused", "experts", "transformer", "fuxi"])
+def test_peak_of_a_ranking_step(case: str) -> None:
+    config, lengths = planned(*CASES[case]), np.tile(LENGTHS, 2)
+    model, batch = make_model(config), make_batch(config, lengths)
+    plan = model.plan(batch)
+
+    def step() -> None:
+        model.loss(batch, 1, plan).backward()
+
+    step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    memory = plan_memory(config, work_of(config, lengths))
+    kept = sum(p.bytes for p in memory.parts if p.name.startswith("kept")) - memory.of("kept: batch and plan")
+    assert kept + memory.of("workspace") + memory.of("gradients") == pytest.approx(allocated_peak(step), rel=0.1)
