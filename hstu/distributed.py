@@ -56,10 +56,18 @@ class World:
             return cls(device=device)
         return cls(dist.get_rank(), dist.get_world_size(), device, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
 
-    def at(self, position: int) -> None:
-        """Says how far this rank has come; the numbers are the same on all ranks."""
+    def at(self, step: int, phase: str, patient: bool = False) -> None:
+        """Says where this rank is in the run. All ranks come through the same places.
+
+        patient: what they wait for in it may take a rank its time; see :class:`hstu.pulse.Place`.
+        """
         if self.pulse is not None:
-            self.pulse.position = position
+            self.pulse.at(step, phase, patient)
+
+    def enter(self, exchange: str, patient: bool = False) -> None:
+        """Says that this rank begins an exchange, before it does: how ranks are told that wait in different ones."""
+        if self.pulse is not None:
+            self.pulse.enter(exchange, patient)
 
     @property
     def is_first(self) -> bool:
@@ -70,6 +78,7 @@ class World:
         """Sum over ranks of a tensor of one shape, without gradient; the argument stays as it is."""
         total = tensor.detach()
         if self.size > 1:
+            self.enter("sum")
             total = total.clone()
             dist.all_reduce(total)
         return total
@@ -84,6 +93,7 @@ class World:
         padded = tensor.new_zeros(longest, *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in counts]
+        self.enter("gather")
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
@@ -93,6 +103,7 @@ class World:
             return [number]
         own = torch.full((1,), number, device=device)
         everyone = [torch.empty_like(own) for _ in range(self.size)]
+        self.enter("counts")
         dist.all_gather(everyone, own)
         return torch.cat(everyone).tolist()
 
@@ -107,12 +118,14 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
+        self.enter("gather_objects")
         dist.all_gather_object(found, value)
         return found
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.size > 1:
+            self.enter("barrier", patient=True)
             dist.barrier(group=self.patient)
 
     def on_first(self, function: Callable[[], T]) -> T:
@@ -122,6 +135,7 @@ class World:
         """
         if self.size == 1:
             return function()
+        self.enter("on_first", patient=True)
         outcome: list[Any] = [None]
         if self.is_first:
             try:

@@ -79,6 +79,7 @@ def evaluate_finished(trainer: Trainer, progress: Progress) -> None:
 
     if world.on_first(is_done):
         return
+    world.at(progress.global_step, "test")
     restore_model(checkpoint.load(trainer.checkpoints / checkpoint.BEST, world), trainer.model, world)
     assess = trainer.problem.finish()
     world.on_first(lambda: _write_results(trainer, progress, *assess()))

@@ -62,6 +62,7 @@ class Positions:
         padded = values.new_zeros(longest, *values.shape[1:])
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in self.counts]
+        self.world.enter("gather of positions")
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
@@ -76,12 +77,14 @@ class Positions:
             padded[: len(part)] = part
             parts.append(padded)
         total = torch.empty_like(parts[0])
+        self.world.enter("sum of positions to their owners")
         dist.reduce_scatter(total, parts)
         return total[: self.counts[self.world.rank]]
 
     def total(self, values: Tensor, op: Any = None) -> Tensor:
         """Sum over ranks (or another operation) of [P], in place."""
         if self.world.size > 1:
+            self.world.enter("sum of positions")
             dist.all_reduce(values, op or dist.ReduceOp.SUM)
         return values
 

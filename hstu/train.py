@@ -190,6 +190,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_parameters()
+        self.world.at(self.progress.global_step, "saving", patient=True)
         self.saver.save(self._state(), self.progress.global_step)
         if self.progress.finished or self.stopping is not None:
             self.saver.wait()
@@ -264,7 +265,7 @@ class Trainer:
     def _step(self, step_input: StepInput) -> float:
         """One optimizer step; returns the loss, the mean over all positions of the step on all ranks."""
         seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
-        self.world.at(self.progress.global_step)
+        self.world.at(self.progress.global_step, "training")
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, self._rate())  # sharded tables move in the backward
             optimizer.zero_grad(set_to_none=True)
@@ -427,6 +428,7 @@ class Trainer:
 
     def _validate_weights(self, epoch: dict[str, float]) -> None:
         progress, started = self.progress, time.perf_counter()
+        self.world.at(progress.global_step, "validation")
         values = self.problem.validate()
         name = self.config.run.select_metric
         improved = self.sign * values[name] > self.sign * progress.best

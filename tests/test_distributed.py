@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -25,8 +26,9 @@ from hstu.data.share import EVENT_WORK, Ranks
 from hstu.distributed import World
 from hstu.errors import Interrupted, RankLost, UserError
 from hstu.evaluate import turns
-from hstu.pulse import Beat, Pulse, this_machine
+from hstu.pulse import Beat, Place, Pulse, this_machine
 from hstu.runs import open_store
+from hstu.train import train
 from tests.ranks import run_ranks
 from tests.test_train import assert_same_run, final_state, make_config
 from tests.test_train_ranks import narrow, run_steps
@@ -147,16 +149,126 @@ def test_a_rank_that_has_ended_is_not_given_up() -> None:
 
 
 def test_a_lost_contact_is_explained() -> None:
-    first, second, _ = make_pulses(timeout_s=60.0)
+    first, second, _ = make_pulses(timeout_s=4.0)
     error = RuntimeError("Timed out waiting\nfor recv")
-    assert "the ranks lost contact with each other (Timed out waiting)" in first.explain(error)
-    first.position = 7
-    assert "rank 1" in first.explain(error) and "did not come to what the others wait for" in first.explain(error)
+    first.at(7, "training")
+    second.at(7, "training")  # the others hear of it with the next beat
+    assert first.explain(error) == "the ranks lost contact with each other (Timed out waiting)"
+    first.enter("sum")
+    assert first.explain(error) == (
+        f"{first.name(1)} at step 7, training did not come to what the others wait for, step 7, training, exchange 2 "
+        "(sum) (Timed out waiting)"
+    )
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     first._look = lambda: None  # type: ignore[method-assign]
     first.others[1] = Beat(socket.gethostname(), gone.pid, this_machine())
     assert first.explain(error).startswith(f"rank 1 (process {gone.pid} on {socket.gethostname()}) ended while")
+    for ours in (first, second):
+        ours.stop()
+
+
+def wait_apart() -> list[str]:
+    """Three ranks, of which one is at the validation while the others train; what their pulses give up."""
+    world = World.current()
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)] if world.is_first else []
+    port = world.gather_objects([store.port for store in stores])[0][0]
+    store = dist.TCPStore("localhost", port, is_master=False)
+    said: list[str] = []
+    patient = dist.new_group(backend="gloo")
+    pulse = Pulse(store, world.rank, 3, 1.0, said.append)
+    world = dataclasses.replace(world, pulse=pulse, patient=patient)
+    world.at(5, "training")
+    astray = world.rank == 1
+    if astray:
+        world.at(5, "validation")
+    ones = torch.ones(())
+    thread = threading.Thread(target=world.barrier if astray else lambda: world.sum(ones))
+    thread.start()
+    plain = dataclasses.replace(world, pulse=None)
+    if astray:  # then goes to what the others wait in, and they to where it was, so that all come to an end
+        wait_until(lambda: bool(said))
+        plain.sum(ones)
+    thread.join()
+    if not astray:
+        plain.barrier()
+    world.gather_objects(None)
+    return [*said, pulse.name(1)]
+
+
+def test_a_rank_in_another_exchange_than_the_others_is_named_with_both_places() -> None:
+    said, name = run_ranks(3, wait_apart)[1]
+    assert said == (
+        f"{name} at step 5, validation, exchange 3 (barrier) did not come to what the others wait for, step 5, "
+        "training, exchange 2 (sum) (for 1 s; run.timeout_s=1)"
+    )
+
+
+class Places:
+    """In place of a pulse: all places of a rank."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, ...]] = []
+
+    def at(self, step: int, phase: str, patient: bool = False) -> None:
+        self.found.append((step, phase))
+
+    def enter(self, exchange: str, patient: bool = False) -> None:
+        self.found.append((exchange,))
+
+
+def places_of_a_run(config: Config) -> list[tuple[Any, ...]]:
+    places = Places()
+    train(config, world=dataclasses.replace(World.current(), pulse=places))  # type: ignore[arg-type]
+    return places.found
+
+
+def test_all_ranks_come_through_the_same_places(tmp_path: Path) -> None:
+    config = narrow(tmp_path / "run", make_config(tmp_path, run_epochs=1, run_save_every_steps=4, run_loggers=[]))
+    first, second = run_ranks(2, places_of_a_run, config)
+    assert first == second
+    phases = [place for place in first if len(place) > 1]
+    steps = [(step, "training") for step in range(10)]
+    saved = {3: (4, "saving"), 7: (8, "saving")}
+    during = [place for step in range(10) for place in (steps[step], saved.get(step)) if place]
+    assert phases == [*during, (10, "validation"), (10, "saving"), (10, "test")]
+
+
+@pytest.mark.parametrize(("patient", "is_stuck"), [(False, True), (True, False)], ids=["limited", "patient"])
+def test_who_works_alone_while_the_others_wait_with_patience_is_left_alone(patient: bool, is_stuck: bool) -> None:
+    first, second, said = make_pulses(timeout_s=0.4)
+    for each in (first, second):
+        each.at(3, "training")
+        each.enter("sum")
+    first.enter("barrier", patient)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end and not said:
+        time.sleep(0.01)
+    assert bool(said) == is_stuck
+    for ours in (first, second):
+        ours.stop()
+
+
+def test_ranks_that_compute_for_long_at_one_place_are_left_alone() -> None:
+    first, second, said = make_pulses(timeout_s=0.4)
+    for each in (first, second):
+        each.at(3, "training")
+    time.sleep(1.0)
+    assert said == []
+    for ours in (first, second):
+        ours.stop()
+
+
+def test_most_ranks_are_believed_and_of_two_the_one_that_is_further() -> None:
+    first, second, _ = make_pulses(timeout_s=60.0)
+    here, there = Place(1, "training", 4, "sum"), Place(1, "validation", 5, "barrier", True)
+    first.own.place, first.others[1].place = here, there
+    assert str(first._apart()).startswith("rank 0 (process")
+    first.others[2] = Beat("host", 12, "machine", place=here)
+    assert first._apart() == (
+        f"{first.name(1)} at step 1, validation, exchange 5 (barrier) did not come to what the others wait for, "
+        "step 1, training, exchange 4 (sum)"
+    )
     for ours in (first, second):
         ours.stop()
 
