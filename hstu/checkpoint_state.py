@@ -41,8 +41,7 @@ def run_state(
         for name, fields in _optimizer_state(optimizer, names).items():
             tensors |= {f"optimizer.{name}.{field}": value for field, value in fields.items()}
     if average is not None:
-        for name, value in zip(names.values(), average.values, strict=True):
-            tensors[f"average.{name}"] = value
+        tensors |= {f"average.{name}": value for name, value in average.tensors().items()}
     tensors |= {f"rng.{device}.{world.rank}": value for device, value in _generators(world.device).items()}
     return State(tensors, {"progress": progress, "average_updates": 0 if average is None else average.num_updates})
 
@@ -112,7 +111,7 @@ def restore_run(
             fresh.append((optimizer, state))
             targets |= keys
     if average is not None:
-        for number, (name, value) in enumerate(zip(names.values(), average.values, strict=True)):
+        for number, (name, value) in enumerate(average.tensors().items()):
             key = f"average.{name}"
             targets[key if key in saved.sizes else f"average.#{number}"] = value
     generators = _generators(world.device)

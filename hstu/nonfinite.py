@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from hstu.distributed import World, own_part
 
 
-def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World | None = None) -> str | None:
+def first_non_finite(
+    model: nn.Module, loss: Callable[[], Tensor], world: World | None = None,
+    rows: Callable[[], Iterable[tuple[str, Tensor]]] = tuple,
+) -> str | None:  # fmt: skip
     """Name of the first non-finite tensor: a parameter, else a module's output, else the loss, else a gradient;
     None where all are finite.
 
@@ -19,6 +22,7 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World 
         model: as it was when the step failed.
         loss: computes the step's loss again.
         world: all its ranks search together; the first of them that finds something is believed.
+        rows: names and gradients of rows of sharded tables, which belong to no parameter.
     """
     world = world or World()
 
@@ -49,8 +53,8 @@ def first_non_finite(model: nn.Module, loss: Callable[[], Tensor], world: World 
     if name is not None:
         return name
     value.backward()
-    grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-    return first(f"gradient of {n}" for n, grad in grads if not is_finite(grad))
+    grads = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+    return first(f"gradient of {n}" for n, grad in [*grads, *rows()] if not is_finite(grad))
 
 
 def is_finite(t: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from hstu.config import Config, OptimConfig
 from hstu.distributed import World, in_parts, own_part
+from hstu.feature_tables import local_name
 from hstu.table_optim import ReplicatedTables, Rule, TableOptimizer
+
+Block = tuple[str, tuple[int, ...]]
+"""Name of a parameter and, of a part of a sharded one, its offsets."""
+SWAP_ROWS = 2**16
+"""Of a parameter, exchanged with its average at a time."""
 
 
 def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torch.optim.Optimizer]:
@@ -28,7 +34,6 @@ def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torc
     rule, rate = table_rule(config), table_rate(config)
     whole = {p: None for module in model.tables() for p in module.parameters()}  # type: ignore[operator]
     if config.embedding.kind == "sharded":
-        from hstu.feature_tables import local_name
         from hstu.sharded import shard
 
         fused = shard(model, config, world)
@@ -89,44 +94,72 @@ class WeightAverage:
     """Exponential moving average of a model's parameters, to be evaluated and kept in place of the last ones.
 
     After t updates the decay is ``min(decay, (1 + t) / (10 + t))``, so that the initial weights are soon forgotten.
+    Each rank averages its own parts of sharded tables. The average of narrow weights is float32.
 
     Source: Polyak and Juditsky 1992; the ramp as in TensorFlow's ExponentialMovingAverage.
+
+    Args:
+        optimizers: those of the model; one of sharded tables knows this rank's parts of them.
+
+    Attributes:
+        now: this rank's weights; by the name of the parameter and, of sharded tables, the offsets of the part.
+        values: the average of each.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay, self.num_updates = model, decay, 0
-        self.values = [p.detach().clone() for p in model.parameters()]
+    def __init__(self, model: nn.Module, decay: float, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+        self.decay, self.num_updates = decay, 0
+        self.tables: list[Any] = [optimizer for optimizer in optimizers if hasattr(optimizer, "parts")]
+        sharded = set(getattr(model, "sharded_names", ()))
+        self.now: dict[Block, Tensor] = {
+            (local_name(name), ()): p.detach() for name, p in model.named_parameters() if name not in sharded
+        }
+        for tables in self.tables:
+            self.now |= tables.parts()
+        self.values = {block: now.to(_wide(now), copy=True) for block, now in self.now.items()}
 
     def update(self) -> None:
-        """Takes in the parameters as they are now."""
+        """Takes in the parameters as they are now. It passes over all of them, touched rows or not."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        values, now = [own_part(v) for v in self.values], [own_part(p.detach()) for p in self.model.parameters()]
-        torch._foreach_lerp_(values, now, 1.0 - decay)
+        pairs = [(own_part(self.values[block]), own_part(now)) for block, now in self.now.items()]
+        alike = [(value, now) for value, now in pairs if value.dtype == now.dtype]
+        torch._foreach_lerp_([value for value, _ in alike], [now for _, now in alike], 1.0 - decay)
+        for value, now in pairs:
+            if value.dtype != now.dtype:
+                value.mul_(decay).add_(now, alpha=1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged parameters."""
-        self._swap()
+        narrow = {block: now.clone() for block, now in self.now.items() if now.dtype != self.values[block].dtype}
+        self._swap({block: self.values[block] for block in narrow})
         try:
             yield
         finally:
-            self._swap()
+            self._swap(narrow)
 
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, value in zip(self.model.parameters(), self.values, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
+    def _swap(self, narrow: Mapping[Block, Tensor]) -> None:
+        """Weights for averages and back. Those of narrow weights would lose digits there: they become ``narrow``."""
+        for block, now in self.now.items():
+            if block in narrow:
+                now.copy_(narrow[block])
+                continue
+            parts = (torch.atleast_1d(own_part(tensor)).split(SWAP_ROWS) for tensor in (now, self.values[block]))
+            for ours, theirs in zip(*parts, strict=True):
+                kept = ours.clone()
+                ours.copy_(theirs)
+                theirs.copy_(kept)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "values": self.values}
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by the names of parameters, as checkpoints have them: not copies."""
+        whole = {name: value for (name, offsets), value in self.values.items() if not offsets}
+        for tables in self.tables:
+            whole |= tables.sharded(self.values)
+        return whole
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_updates = state["num_updates"]
-        for value, saved in zip(self.values, state["values"], strict=True):
-            value.copy_(saved)
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -161,7 +194,23 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scales all gradients by ``min(1, limit / norm)``."""
+def row_gradients(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[str, Tensor]] | None:
+    """Gradients of this rank's rows of sharded tables, as of their optimizer; None without such tables.
+
+    They belong to no parameter, and no two ranks have the same ones.
+    """
+    found = [optimizer.gradients() for optimizer in optimizers if hasattr(optimizer, "gradients")]
+    return [pair for pairs in found for pair in pairs] if found else None
+
+
+def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A scalar float64 on the device; non-finite where some gradient is (or overflows in float32)."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
+
+
+def clip_gradients(model: nn.Module, norm: Tensor, limit: float, rows: Sequence[Tensor] = ()) -> None:
+    """Scales all gradients, and those of ``rows``, by ``min(1, limit / norm)``."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([own_part(p.grad) for p in model.parameters() if p.grad is not None], factor)
+    torch._foreach_mul_([*(own_part(p.grad) for p in model.parameters() if p.grad is not None), *rows], factor)

@@ -12,9 +12,10 @@ Legend: R ranks, V rows of a table, D width, L positions, n ids.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,14 +29,25 @@ from hstu.distributed import World
 from hstu.embedding import INIT_STD, NORM_EPS, ItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import BAGS, FeatureTables, has_torchrec, make_collection, spread
-from hstu.optim import table_rate, table_rule
+from hstu.optim import Block, table_rate, table_rule
 from hstu.sharded_init import InitialValues
-from hstu.sharded_kernel import TorchKernel
+from hstu.sharded_kernel import Shard, TorchKernel
 from hstu.sharded_losses import Scored, exact_loss, scored_by
-from hstu.sharded_plan import ROWWISE, TableShape, fused_params, make_plan, make_sharder, moved_by_fbgemm, quiet
+from hstu.sharded_plan import (
+    ROWWISE,
+    TableShape,
+    fused_params,
+    is_deferred,
+    make_plan,
+    make_sharder,
+    moved_by_fbgemm,
+    quiet,
+)
 from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
 from hstu.sharded_width import is_padded, narrowed, own_columns, stored_width, stretch_gradients, stretch_of
 from hstu.table_optim import Rule
+
+log = logging.getLogger(__name__)
 
 # torchrec's state dicts are of the class that torch says so about, again at every line that reads them.
 warnings.filterwarnings("ignore", message="Please use DTensor instead and we are deprecating ShardedTensor")
@@ -195,7 +207,10 @@ def _from_local_name(module: nn.Module, state: dict[str, Any], prefix: str, *unu
 
 
 class FusedTables(torch.optim.Optimizer):
-    """The optimizer of all sharded tables. It moves rows in the backward, at the rate set before :meth:`zero_grad`.
+    """The optimizer of all sharded tables.
+
+    fbgemm moves rows in the backward, at the rate set before :meth:`zero_grad`. In torch they move in :meth:`step`, at
+    the rate set before it, and until then their gradients can be seen and scaled.
 
     ``param_groups`` is one group without parameters, whose ``lr`` and ``lr_factor`` are those of the tables.
     """
@@ -228,16 +243,53 @@ class FusedTables(torch.optim.Optimizer):
         for group in self.fused.param_groups:
             group["lr"] = rate / self.stretch
         self.fused.zero_grad()
-        for ours in self.in_torch:
-            for part in ours.shards:
-                part.lr, part.step = rate, step + 1
+        for _, part in self._shards():
+            part.begin()
         for kernel in self.kernels:  # fbgemm counts lookups, those of evaluation too
             kernel.emb_module.iter.fill_(step)
             kernel.emb_module.iter_cpu.fill_(step)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Counts the step; the rows have moved."""
+        """Counts the step, and moves the rows that have not moved."""
         self.steps += 1
+        for _, part in self._shards():
+            part.move(self.param_groups[0]["lr"], int(self.steps))
+
+    def gradients(self) -> list[tuple[str, Tensor]]:
+        """Gradients [t, d] of the rows of this rank that the step has looked up, each with the name of its parameter.
+
+        There are none where rows move in the backward. Made once a step: what scales them in place scales the step.
+        """
+        return [(name, part.gradient()[1]) for (name, _), part in self._shards()]
+
+    def parts(self) -> dict[Block, Tensor]:
+        """This rank's weights [n, d], sharing the memory, by parameter (as of a local table) and offsets."""
+        return {
+            (name, tuple(part.metadata.shard_offsets)): part.tensor.detach()
+            for name, weight in self._weights().items()
+            for part in weight.local_shards()
+        }
+
+    def sharded(self, values: Mapping[Block, Tensor]) -> dict[str, Any]:
+        """ShardedTensors, by parameter, of what this rank has for each of :meth:`parts`; [n, d], or [n] a row.
+
+        A table of which it has no part is left out. The memory is that of ``values``.
+        """
+        weights = self._weights()
+        own = {name: {} for name, weight in weights.items() if weight.local_shards()}  # type: ignore[var-annotated]
+        for (name, offsets), value in values.items():
+            if name in own:
+                own[name][offsets] = value
+        return {name: _like(weights[name], parts) for name, parts in own.items()}
+
+    def _shards(self) -> Iterator[tuple[Block, Shard]]:
+        """This rank's parts of the tables, as of :meth:`parts`, where rows move in torch."""
+        places = iter(part for ours in self.in_torch for part in ours.shards)
+        for path, collection in self.collections.items() if self.in_torch else ():
+            for kernel in (kernel for lookup in collection._lookups for kernel in _kernels(lookup)):
+                for table in kernel.config.embedding_tables:
+                    name = _local_name(f"{path}.embeddings.{table.name}.weight")
+                    yield (name, tuple(table.local_metadata.shard_offsets)), next(places)
 
     def states(self) -> dict[str, dict[str, Any]]:
         """State by name of the parameter, as of a local table, and field; ShardedTensors that share the memory."""
@@ -246,22 +298,26 @@ class FusedTables(torch.optim.Optimizer):
         else:
             found = {}
             for name, fields in self.fused.state_dict()["state"].items():
-                found[name] = {field.rpartition(".")[2]: narrowed(value, self.dim) for field, value in fields.items()}
-        return {_local_name(name): {"step": self.steps, **fields} for name, fields in found.items()}
+                own = {field.rpartition(".")[2]: narrowed(value, self.dim) for field, value in fields.items()}
+                found[_local_name(name)] = own
+        return {name: {"step": self.steps, **fields} for name, fields in found.items()}
 
     def _torch_states(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        places = iter(part for ours in self.in_torch for part in ours.shards)
-        for path, collection in self.collections.items():
-            weights = collection.state_dict()
-            for lookup in collection._lookups:
-                for kernel in _kernels(lookup):
-                    for table in kernel.config.embedding_tables:
-                        key, part = f"embeddings.{table.name}.weight", next(places)
-                        fields = found.setdefault(f"{path}.{key}", {})
-                        for field, value in part.state.items():
-                            fields[field] = _like(narrowed(weights[key], self.dim), value)
+        parts = dict(self._shards())
+        found: dict[str, dict[str, Any]] = {name: {} for name, _ in parts}
+        for field in next((part.state for part in parts.values()), {}):
+            states = {block: part.state[field] for block, part in parts.items()}
+            for name, value in self.sharded(states).items():
+                found[name][field] = value
         return found
+
+    def _weights(self) -> dict[str, Any]:
+        """ShardedTensors of the tables' columns, by parameter, as of a local table."""
+        return {
+            _local_name(f"{path}.{key}"): narrowed(weight, self.dim)
+            for path, collection in self.collections.items()
+            for key, weight in collection.state_dict().items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "steps": self.steps}
@@ -276,13 +332,12 @@ def _kernels(lookup: Any) -> list[Any]:
     return list(lookup._emb_modules)
 
 
-def _like(weight: Any, value: Tensor) -> Any:
-    """``value`` [n, d] or [n] of this rank as part of a ShardedTensor that is cut as ``weight`` is."""
+def _like(weight: Any, values: Mapping[tuple[int, ...], Tensor]) -> Any:
+    """A ShardedTensor that is cut as ``weight`` is. values: [n, d] or [n] of this rank's parts, by their offsets."""
     from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 
-    metadata, rowwise = copy.deepcopy(weight.metadata()), value.ndim == 1
-    own = weight.local_shards()[0].metadata
-
+    first = next(iter(values.values()))
+    metadata, rowwise = copy.deepcopy(weight.metadata()), first.ndim == 1
     columns = sorted({shard.shard_offsets[1] for shard in metadata.shards_metadata})
 
     def cut(shard: Any) -> Any:
@@ -293,9 +348,11 @@ def _like(weight: Any, value: Tensor) -> Any:
 
     if rowwise:
         metadata.size = torch.Size([len(columns) * weight.shape[0]])
+    own = [shard.metadata for shard in weight.local_shards()]
+    shards = [Shard(values[tuple(part.shard_offsets)], cut(part)) for part in own]
     metadata.shards_metadata = [cut(shard) for shard in metadata.shards_metadata]
-    metadata.tensor_properties.dtype = value.dtype
-    return ShardedTensor._init_from_local_shards_and_global_metadata([Shard(value, cut(own))], metadata)
+    metadata.tensor_properties.dtype = first.dtype
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
 
 
 def _local_name(name: str) -> str:
@@ -326,10 +383,11 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
     rate, rule = table_rate(config), table_rule(config)
     with quiet():
         (dim,) = {table.dim for table in tables}
-        by_fbgemm = moved_by_fbgemm(embedding, world.device, dim)
-        params = fused_params(embedding, by_fbgemm, rate, rule)
-        sharder = make_sharder(embedding, world.device, params)
+        by_fbgemm = not is_deferred(config.optim) and moved_by_fbgemm(embedding, world.device, dim)
+        _say_who_moves(embedding, world, dim)
+        sharder = make_sharder(embedding, world.device, fused_params(embedding, True, rate, rule))
         plan = make_plan(model, embedding, world, sharder, tables)
+        sharder = make_sharder(embedding, world.device, fused_params(embedding, by_fbgemm, rate, rule))
         dmp = DistributedModelParallel(
             model, env=ShardingEnv.from_process_group(dist.group.WORLD), device=world.device, plan=plan,
             sharders=[sharder], init_data_parallel=False, init_parameters=False,
@@ -349,6 +407,14 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
         inside = tuple(f"{path}." for path in collections)
         model.sharded_names = [name for name, _ in model.named_parameters() if name.startswith(inside)]  # type: ignore[assignment]
         return FusedTables(dmp, collections, by_fbgemm, rule, dim, rate, rate / config.optim.lr)
+
+
+def _say_who_moves(embedding: EmbeddingConfig, world: World, dim: int) -> None:
+    if world.is_first and world.device.type == "cuda" and not moved_by_fbgemm(embedding, world.device, dim):
+        log.warning(
+            "embedding.optimizer=%s with model.dim=%d: rows move in torch, not in fbgemm's kernels; these serve "
+            "model.dim=%d", embedding.optimizer, dim, stored_width(dim),
+        )  # fmt: skip
 
 
 def ensure_process_group(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hstu.config import OptimConfig
 from hstu.config_embedding import PLANNED, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
@@ -179,6 +180,11 @@ def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int
         if -(-table.num_rows // parts) * (parts - 1) >= table.num_rows and parts > 1:
             allowed = [name for name in allowed if name != sharding]
     return allowed or ["table_wise"]
+
+
+def is_deferred(optim: OptimConfig) -> bool:
+    """Whether rows wait for the gradients of all parameters, or of several batches: they then move in torch."""
+    return optim.clip_norm is not None or optim.accumulate_steps > 1
 
 
 def moved_by_fbgemm(config: EmbeddingConfig, device: torch.device, dim: int) -> bool:

@@ -39,7 +39,16 @@ from hstu.errors import Interrupted, UserError
 from hstu.evaluate import run_device
 from hstu.loggers import Logger, MetricsFile, NoMetrics, make_loggers
 from hstu.nonfinite import first_non_finite, is_finite
-from hstu.optim import WeightAverage, clip_gradients, gradient_norm, learning_rate, make_optimizers, set_learning_rate
+from hstu.optim import (
+    WeightAverage,
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    make_optimizers,
+    row_gradients,
+    set_learning_rate,
+    sum_of_squares,
+)
 from hstu.problem import Problem, make_problem
 from hstu.progress import Display
 from hstu.runs import LOCK_PATIENCE_S, agree_on_run, describe, load_run, lock_folder, open_store, run_folder
@@ -128,7 +137,7 @@ class Trainer:
         self.pipeline = self._make_pipeline()
         self.vocabulary = Vocabulary(self.model, config.seed, world)
         decay = config.optim.average_decay
-        self.average = None if decay is None else WeightAverage(self.model, decay)
+        self.average = None if decay is None else WeightAverage(self.model, decay, self.optimizers)
         run = config.run
         self.total_steps = run.epochs * self._num_steps(0)
         self.progress = Progress()
@@ -267,7 +276,7 @@ class Trainer:
         seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
         self.world.at(self.progress.global_step, "training")
         for optimizer in self.optimizers:
-            set_learning_rate(optimizer, self._rate())  # sharded tables move in the backward
+            set_learning_rate(optimizer, self._rate())  # sharded tables can move in the backward
             optimizer.zero_grad(set_to_none=True)
         for share, plan in step_input.parts:
             self.problem.observe(share.batch, plan)
@@ -282,31 +291,37 @@ class Trainer:
                 loss = self._loss(share.batch, derive(seed, index), plan) * part
                 (loss * self.world.size).backward()
             total += loss.detach()
-        norm = gradient_norm(self.model)
-        found, is_finite = self._exchange(total, norm)
+        named_rows = row_gradients(self.optimizers)
+        rows = None if named_rows is None else [grad for _, grad in named_rows]
+        found, norm, is_finite = self._exchange(total, gradient_norm(self.model), rows)
         if not is_finite:
             self._stop_non_finite(step_input, seed, found)
         if self.config.optim.clip_norm is not None:
-            clip_gradients(self.model, norm, self.config.optim.clip_norm)
+            clip_gradients(self.model, norm, self.config.optim.clip_norm, rows or ())
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
             self.average.update()
         return found
 
-    def _exchange(self, loss: Tensor, norm: Tensor) -> tuple[float, bool]:
-        """The loss of all ranks and whether all of it is finite; what ranks decide together after the step.
+    def _exchange(self, loss: Tensor, norm: Tensor, rows: list[Tensor] | None) -> tuple[float, Tensor, bool]:
+        """Loss and gradient norm of all ranks and whether they are finite; what ranks decide together after the step.
 
         One sum over ranks, and the only time in a step that the trainer waits for the device. loss: float64 scalar.
+        norm: of the gradients of parameters, which all ranks have alike. rows: those of this rank's rows of sharded
+        tables, see :func:`hstu.optim.row_gradients`.
         """
         minutes = self.config.run.save_every_minutes
         due = minutes is not None and time.monotonic() - self._last_save >= 60.0 * minutes
         flags = [float(due and self.world.is_first), *self._stop_flags()]
-        values = torch.stack([loss, torch.isfinite(norm).to(loss), *(torch.full_like(loss, flag) for flag in flags)])
-        total, num_finite, *flags = self.world.sum(values).tolist()
+        own = [loss, torch.isfinite(norm).to(loss), *(torch.full_like(loss, flag) for flag in flags)]
+        values = self.world.sum(torch.stack([*own, sum_of_squares(rows or (), self.device)]))
+        if rows is not None:
+            norm = (norm.double().square() + values[-1]).sqrt().to(norm.dtype)
+        total, num_finite, *flags, _, finite = torch.cat([values, torch.isfinite(norm).to(values)[None]]).tolist()
         self._save_due = flags[0] > 0
         self._take_stop_flags(flags[1:])
-        return total, math.isfinite(total) and num_finite == self.world.size
+        return total, norm, math.isfinite(total) and num_finite == self.world.size and finite > 0
 
     def _stop_flags(self) -> list[float]:
         return [float(self.stop_signal == number) for number in STOP_SIGNALS]
@@ -346,7 +361,7 @@ class Trainer:
         name = None
         for index, (share, plan) in enumerate(step_input.parts):
             found = partial(self._loss, share.batch, derive(seed, index), plan)
-            name = name or first_non_finite(self.model, found, self.world)
+            name = name or first_non_finite(self.model, found, self.world, lambda: row_gradients(self.optimizers) or ())
         name = name or "the norm of all gradients (each of them is finite)"
         self._fail_non_finite(name, f"{loss}")
 

@@ -174,10 +174,11 @@ def reset_rows(
                 if isinstance(state, Tensor) and state.dim() and len(state) == len(table.weight):
                     state[rows] = 0.0
         if average is not None:
-            place = next(i for i, p in enumerate(model.parameters()) if p is table.weight)
-            average.values[place][rows] = values
+            average.tensors()["table.rows.weight"][rows] = values
         return
     _write(table.state_dict()["weight"], rows, values, table.num_items + 1)
+    if average is not None and "table.rows.weight" in (averages := average.tensors()):
+        _write(averages["table.rows.weight"], rows, values, table.num_items + 1)
     for optimizer in optimizers:
         states = optimizer.states() if hasattr(optimizer, "states") else {}
         for field in states.get("table.rows.weight", {}).values():

@@ -24,7 +24,10 @@ from tests.test_ranking_train import planted_store
 from tests.test_train import make_config
 from tests.test_train_ranks import narrow
 
-ON_THE_HOST = ("check_rows", "_check_offsets", "check_range_on_cpu", "<genexpr>", "draw_at", "zero_grad", "learn")
+ON_THE_HOST = (
+    "check_rows", "_check_offsets", "check_range_on_cpu", "<genexpr>", "draw_at", "zero_grad", "step",
+    "gradient", "move",
+)  # fmt: skip
 """Functions that read what lies on the host, check on the CPU alone, or are the CPU's own kernel."""
 ONCE = {"train.py:_exchange tolist": 1}
 TORCHREC = ("_fetch", "_lookup_keyed")
