@@ -85,7 +85,7 @@ class Vocabulary:
         rows = self.item_rows
         if not isinstance(rows, ManagedRows):
             return []
-        line = f"{rows.num_known:,} of {rows.num_rows - 1:,} rows given, {int(rows.evicted):,} items have lost theirs"
+        line = f"{rows.num_known:,} of {rows.num_rows - 1:,} rows given, taken back {int(rows.evicted):,} times"
         return [f"{line}; {unknown_text(values)}" if "oov_labels" in values else line]
 
     def notes(self) -> list[str]:

@@ -47,7 +47,7 @@ def evaluate_on_rank(options: dict[str, Any]) -> tuple[str, str, list[float], in
 
     def counted(*args: Any) -> Any:
         config, store, model = loaded(*args)
-        weight = next(value for name, value in model.state_dict().items() if name.startswith("table."))
+        weight = next(v for n, v in model.state_dict().items() if n in ("table.weight", "table.rows.weight"))
         parts = weight.local_shards() if hasattr(weight, "local_shards") else None
         rows.append(len(weight) if parts is None else sum(len(part.tensor) for part in parts))
         return config, store, model

@@ -29,6 +29,7 @@ from hstu.scoring import Scorer
 from hstu.train import Trainer, train
 from tests.ranks import run_ranks
 from tests.stopping import stopped_at
+from tests.test_evaluate_ranks import evaluate_on_rank, options_of
 from tests.test_ranking_train import evaluate_options, make_config
 from tests.test_train import assert_same_run, final_state, logged
 from tests.test_train_ranks import narrow, run_steps
@@ -37,7 +38,7 @@ pytest.importorskip("torchrec")
 
 DAY_S = 1000
 NUM_ITEMS, ROWS = 36, 16
-MANAGED = EmbeddingConfig(ids="managed", rows=ROWS, evict_every=3, optimizer="rowwise_adagrad", lr=0.05)
+MANAGED = EmbeddingConfig(ids="managed", rows=ROWS, evict_every=2, optimizer="rowwise_adagrad", lr=0.05)
 HASHED = EmbeddingConfig(ids="hash", rows=ROWS, optimizer="rowwise_adagrad", lr=0.05)
 
 
@@ -75,7 +76,7 @@ def prepared(stored: SequenceStore) -> Iterator[None]:
 
 
 def managed_config(folder: Path, name: str = "run", form: str = "interleaved", **changes: Any) -> Config:
-    return make_config(folder, form, name, **{"embedding": MANAGED, "run_epochs": 2, **changes})
+    return make_config(folder, form, name, **{"embedding": MANAGED, "run_epochs": 2, "run_batch_users": 4, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +111,12 @@ def test_said_at_the_start_and_at_validation(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     assert "embedding.ids=managed: 36 items, 15 rows for those in use (0 given), one for the others" in shown
     line = logged(folder)[-1]
-    assert "15 of 15 rows given, " in shown and " items have lost theirs; without a row of their own: " in shown
+    taken = logged(folder)[-2]["evictions"]
+    assert taken > 0 and f"15 of 15 rows given, taken back {taken:,} times; without a row of their own: " in shown
     assert f"{line['oov_inputs']:.1%} of the inputs, {line['oov_labels']:.1%} of the items asked for" in shown
 
 
-@pytest.mark.parametrize("stop", [2, 14], ids=["between updates", "in the second epoch"])
+@pytest.mark.parametrize("stop", [2, 20], ids=["between updates", "in the second epoch"])
 def test_resumed_bit_identical(finished: Path, tmp_path: Path, stop: int) -> None:
     config = managed_config(tmp_path)
     with stopped_at(stop - 1):
@@ -179,7 +181,7 @@ def test_two_ranks_train_the_run_of_one(stored: SequenceStore, tmp_path: Path, c
     assert run_ranks(2, run_steps, two, stored.path) == ["", ""]
     expected, found = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert expected[-1]["kind"] == found[-1]["kind"] == "validation"
-    assert len(expected) == len(found) and ("evictions" in expected[-2]) == (embedding.ids == "managed")
+    assert len(expected) == len(found) and (expected[-2].get("evictions", 0) > 0) == (embedding.ids == "managed")
     for a, b in zip(expected, found, strict=True):
         numbers = {name: value for name, value in a.items() if not isinstance(value, str)}
         assert numbers == pytest.approx({name: b[name] for name in numbers}, rel=5e-5, nan_ok=True)
@@ -235,6 +237,21 @@ def test_evaluating_again(finished: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"without a row of their own: {shares}" in shown
     written = json.loads((finished / "evaluation.json").read_text())
     assert written["oov_labels"] == found["oov_labels"] > 0  # type: ignore[index]
+
+
+def test_two_ranks_evaluate_sharded_rows_as_one_process_whole_ones(finished: Path) -> None:
+    usual = evaluate_run(evaluate_options(finished))
+    # A split of its own in another file.
+    expected = evaluate_run(evaluate_options(finished, split="validation"))
+    (finished / "evaluation-validation-best.json").unlink()
+    options = options_of(finished, split="validation", embedding="sharded")
+    (end, shown, _, rows), (_, _, _, others) = run_ranks(2, evaluate_on_rank, options)
+    assert end == "" and rows + others == ROWS + 1 and 0 < rows <= ROWS
+    assert "without a row of their own: " in shown
+    found = json.loads((finished / "evaluation-validation-best.json").read_text())
+    for content in (found, expected):
+        content.pop("seconds")  # type: ignore[union-attr]
+    assert found == json.loads(json.dumps(expected)) and found["oov_labels"] != usual["oov_labels"]  # type: ignore[index]
 
 
 def test_weights_are_exported_and_vectors_refused(finished: Path, tmp_path: Path) -> None:
