@@ -416,7 +416,9 @@ def test_the_pipeline_wants_a_retrieval_model_with_a_sharded_table():
     from hstu.sharded_pipeline import Pipeline
 
     model = RetrievalModel(HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8), 5)
-    with pytest.raises(UserError, match="embedding.pipeline=true: expected a retrieval model whose item table is sharded"):
+    with pytest.raises(
+        UserError, match="embedding.pipeline=true: expected a retrieval model whose item table is sharded"
+    ):
         Pipeline(model, lambda step_input, seed: torch.zeros(()), lambda ahead: ahead)
     with pytest.raises(UserError, match="embedding.pipeline=True: expected false with embedding.kind=local"):
         EmbeddingConfig(pipeline=True)
