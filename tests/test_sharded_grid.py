@@ -13,7 +13,7 @@ from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
-from hstu.runs import open_store
+from hstu.runs import load_run, open_store
 from hstu.sharded_plan import TableShape, allowed_shardings
 from tests import test_checkpoint_tables as checkpoints
 from tests import test_sharded_losses as losses
@@ -193,6 +193,43 @@ def test_ids_that_go_ahead_in_torchrecs_pipeline(tmp_path):
         assert run_nodes((2, 1), run_steps, config, store) == ["", ""]
         runs.append(logged(tmp_path / f"{pipeline}"))
     assert runs[0] == runs[1] and len(runs[0]) == 4 + 1
+
+
+def ranks_of_users(folder):
+    """Of three users by the run in ``folder``; and the rows and columns of the table on this rank."""
+    _, _, model = load_run(folder, "last", World.current())
+    queries = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    held = [] if isinstance(model.table, LocalItemTable) else [part[2].shape for part in plans.parts_of(model.table)]
+    with torch.inference_mode():
+        return model.table.rank(queries, torch.tensor([3, 9, 27])), held
+
+
+def test_a_run_is_evaluated_in_its_parts(tmp_path):
+    embedding = dataclasses.replace(TABLES, kind="sharded", sharding="grid", optimizer="rowwise_adagrad")
+    config = narrow(tmp_path / "run", make_config(tmp_path, embedding=embedding, run_epochs=1, run_batch_users=40))
+    store = open_store(config).path
+    assert run_nodes(TWO_NODES, run_steps, config, store) == [""] * 4
+    expected, _ = ranks_of_users(tmp_path / "run")  # one process, its table whole
+    results = run_nodes(TWO_NODES, ranks_of_users, tmp_path / "run")
+    assert [held for _, held in results] == [[(31, 4)], [(30, 4)]] * 2
+    for found, _ in results:
+        assert torch.equal(found, expected)
+
+
+def test_managed_rows_come_and_go_in_a_grid(tmp_path):
+    managed = dataclasses.replace(TABLES, ids="managed", rows=20, evict_every=2, optimizer="adam")
+    runs = {}
+    for name, embedding in {
+        "local": managed,
+        "grid": dataclasses.replace(managed, kind="sharded", sharding="grid"),
+    }.items():
+        config = narrow(tmp_path / name, make_config(tmp_path, embedding=embedding, run_save_every_epochs=None))
+        nodes = (1, 1) if name == "local" else TWO_NODES
+        assert run_nodes(nodes, run_steps, config, open_store(config).path, 9) == ["Stop: "] * nodes[0]
+        runs[name] = [{k: v for k, v in line.items() if k != "imbalance"} for line in logged(tmp_path / name)]
+    assert len(runs["local"]) == 9 and runs["local"][8]["evictions"] > 0
+    for line, expected in zip(runs["grid"], runs["local"], strict=True):
+        assert line == pytest.approx(expected, rel=2e-5)
 
 
 # Refusals

@@ -143,7 +143,12 @@ def table_and_state(trainer: Trainer) -> dict[str, Any]:
     return kept
 
 
-RANKS = [("local", "rowwise_adagrad"), ("row_wise", "rowwise_adagrad"), ("column_wise", "adam")]
+RANKS = [
+    ("local", "rowwise_adagrad"),
+    ("row_wise", "rowwise_adagrad"),
+    ("column_wise", "adam"),
+    ("data_parallel", "rowwise_adagrad"),
+]
 
 
 @pytest.mark.parametrize(("sharding", "optimizer"), RANKS, ids=["-".join(case) for case in RANKS])
