@@ -9,6 +9,7 @@ import torch
 
 import hstu
 from hstu import recommend as rec
+from hstu.config_embedding import EmbeddingConfig
 from hstu.data.ranking import RankingData
 from hstu.data.store import write_store
 from hstu.errors import UserError
@@ -55,12 +56,12 @@ def stages(retrieval_store, ranking_store):
     return TwoStage(retrieval, scorer_of(ranking_store))
 
 
-def scorer_of(store):
+def scorer_of(store, embedding=None):
     ranking = ranking_config(user_features={}, item_features={}, event_features={})
     config = config_of(ranking, max_len=12)
     data = RankingData(store, ranking)
     torch.manual_seed(0)
-    model = RankingModel(config.model, ranking, data)
+    model = RankingModel(config.model, ranking, data, embedding=embedding)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
     return Scorer(config, data, model)
@@ -111,6 +112,20 @@ def test_users_differ_by_what_they_did(stages):
     by_user = {user: {i.item: i.value for i in stages.recommend(user=user, k=30).items} for user in (1001, 1000)}
     shared = by_user[1000].keys() & by_user[1001].keys()
     assert shared and any(abs(by_user[1000][i] - by_user[1001][i]) > 1e-3 for i in shared)
+
+
+def test_items_without_a_row_in_the_ranking_run_are_equal_and_stay_in_the_order_of_retrieval(stages, ranking_store):
+    pytest.importorskip("torchrec")
+    scorer = scorer_of(ranking_store, EmbeddingConfig(ids="managed", rows=9))
+    scorer.model.table.item_rows.take_in(
+        torch.arange(1, 9)
+    )  # raw items 30 to 23; 22 to 11 are in the store without one
+    found = TwoStage(stages.recommender, Scorer(scorer.config, scorer.data, scorer.model)).recommend(user=1000, k=30)
+    alike = [item for item in found.items if item.item <= 22]
+    assert len(alike) > 3 and len({item.value for item in alike}) == 1
+    assert [item.retrieval_rank for item in alike] == sorted(item.retrieval_rank for item in alike)
+    others = {item.value for item in found.items if item.item > 22}
+    assert len(others) > 3 and alike[0].value not in others
 
 
 def test_shows_itself_as_tables(stages):
