@@ -41,7 +41,8 @@ class EmbeddingConfig:
     """sharded only: of the rows and gradients that ranks send each other: float32, float16 or bfloat16 (CUDA)."""
     pipeline: bool = False
     """sharded retrieval only: torchrec's TrainPipelineSparseDist, which sends the ids of the next batches to their
-    ranks while this one computes; of use on GPUs. The result is the same."""
+    ranks while this one computes; of use on GPUs. The result is the same. One batch a step: not with
+    ``optim.accumulate_steps``."""
     hbm_gib: float | None = None
     """sharded only: GPU memory of a rank that the planner may fill; None: what is free where there is the least."""
     ddr_gib: float | None = None

@@ -435,17 +435,17 @@ def table_shapes(model: nn.Module, config: Config, world: World) -> list[TableSh
     """Of the tables to be sharded, with how many rows a rank asks for in a step, about."""
     run, loss = config.run, config.loss
     events = (run.batch_tokens or run.batch_users * config.model.max_len) / world.size
-    found = []
+    found, averaged = [], config.optim.average_decay is not None
     for _, owner in sharded_modules(model):
         if isinstance(owner, ShardedItemTable):
             draws = {"sampled_softmax": events * loss.num_negatives, "full_softmax": math.inf}
             scored = events + draws.get(loss.name, loss.num_negatives / world.size)
             scored = min(scored, (owner.num_items + 1) / world.size)
-            found.append(TableShape(TABLE, owner.num_items + 1, owner.dim, (events, scored)))
+            found.append(TableShape(TABLE, owner.num_items + 1, owner.dim, (events, scored), averaged))
         else:
             names = [c.name for c in owner.collection.embedding_configs()]
             for name, initial in zip(names, owner.initial, strict=True):
-                found.append(TableShape(name, initial.num_rows, initial.dim, (events,)))
+                found.append(TableShape(name, initial.num_rows, initial.dim, (events,), averaged))
     _check_table_names(model, config.embedding)
     return found
 

@@ -42,18 +42,30 @@ TORCHREC_NAMES = {"grid": "grid_shard"}
 
 @dataclass(frozen=True)
 class TableShape:
-    """A table to be sharded. lookups: rows that a rank asks for in a step, of each of the table's features."""
+    """A table to be sharded.
+
+    lookups: rows that a rank asks for in a step, of each of the table's features. averaged: whether it has an average.
+    """
 
     name: str
     num_rows: int
     dim: int
     lookups: tuple[float, ...]
+    averaged: bool = False
+
+    @property
+    def average_bytes(self) -> int:
+        """Of the average, float32."""
+        return 4 * self.num_rows * self.dim if self.averaged else 0
+
+    def bytes(self, config: EmbeddingConfig) -> int:
+        """With the optimizer's state and the average."""
+        return table_bytes(config, self.num_rows, self.dim) + self.average_bytes
 
     def describe(self, config: EmbeddingConfig) -> str:
-        """Name, shape and size with the optimizer's state."""
+        """Name, shape and size with the optimizer's state and the average."""
         stored = f" (stored as {stored_width(self.dim)})" if is_padded(self.dim) else ""
-        size = table_bytes(config, self.num_rows, self.dim)
-        return f"{self.name} {self.num_rows:,} x {self.dim}{stored} {_gib(size)}"
+        return f"{self.name} {self.num_rows:,} x {self.dim}{stored} {_gib(self.bytes(config))}"
 
 
 @contextmanager
@@ -138,7 +150,7 @@ def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]
     whole = capacity(config, world)
     room, total = int(whole * (1 - RESERVED)), 0
     for table in tables:
-        size = table_bytes(config, table.num_rows, table.dim)
+        size = table.bytes(config)
         total += size
         if sharding_of(config, table.name) == "table_wise" and size > room:
             raise UserError(
@@ -149,9 +161,10 @@ def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]
         ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
         narrower = [] if config.dtype != "float32" else ["embedding.dtype=float16"]
         plainer = [] if config.optimizer in ("sgd", "rowwise_adagrad") else ["embedding.optimizer=rowwise_adagrad"]
+        averages = " and averages" if any(table.averaged for table in tables) else ""
         raise UserError(
             f"embedding: the tables need {_gib(total)} ({', '.join(t.describe(config) for t in tables)}; "
-            f"{config.dtype}, {config.optimizer}'s state included), and {ranks} of "
+            f"{config.dtype}, {config.optimizer}'s state{averages} included), and {ranks} of "
             f"{_describe_room(config, world, whole)} have {_gib(room * world.size)} for tables ({RESERVED:.0%} is kept "
             f"for the rest): take {', '.join([f'at least {-(-total // room)} ranks', *narrower, *plainer])} or a "
             "smaller model.dim"
@@ -250,9 +263,11 @@ def make_plan(
             pooling_factors=list(table.lookups),
         )
     on_gpu, room = world.device.type == "cuda", capacity(config, world)
+    averages = sum(table.average_bytes for table in tables) // world.size  # which the planner does not know
     topology = Topology(
         world_size=world.size, local_world_size=local_size(world), compute_device=world.device.type,
-        hbm_cap=room if on_gpu else 0, ddr_cap=host_bytes() // local_size(world) if on_gpu else room,
+        hbm_cap=room - averages if on_gpu else 0,
+        ddr_cap=host_bytes() // local_size(world) if on_gpu else room - averages,
     )  # fmt: skip
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=1, constraints=constraints,

@@ -232,6 +232,13 @@ def test_a_table_that_does_not_fit_is_refused_with_the_numbers():
         check_memory(config, World(0, 19), [table])
 
 
+def test_the_average_of_a_table_takes_room_too():
+    config = EmbeddingConfig("sharded", "rowwise_adagrad", ddr_gib=1.0)
+    table = TableShape("item", 2**26, 64, (100.0, 100.0), averaged=True)  # 16 GiB more
+    with pytest.raises(UserError, match=r"32\.2 GiB; float32, .* state and averages included\).*at least 38 ranks"):
+        check_memory(config, WORLD, [table])
+
+
 def test_a_table_that_does_not_fit_on_its_one_rank_is_refused():
     config = EmbeddingConfig("sharded", "sgd", sharding="table_wise", ddr_gib=1.0)
     with pytest.raises(UserError, match="item 16,777,216 x 32 2 GiB .* table_wise puts it on one rank, which has 0.85"):
