@@ -12,6 +12,7 @@ from hstu.config import from_dict
 from hstu.config_embedding import TABLE_OPTIMIZERS, EmbeddingConfig
 from hstu.config_model import HSTUConfig
 from hstu.distributed import World
+from hstu.embedding import LocalItemTable, initial_rows
 from hstu.errors import UserError
 from hstu.export import item_vectors
 from hstu.feature_tables import FeatureTables
@@ -19,8 +20,10 @@ from hstu.model.retrieval import RetrievalModel
 from hstu.runs import load_run, open_store
 from hstu.sharded_plan import TableShape, allowed_shardings, column_part, moved_by_fbgemm, table_bytes
 from hstu.sharded_width import stored_width, stretch_of
+from hstu.vocabulary import reset_rows
 from tests import test_checkpoint_tables as checkpoints
 from tests import test_sharded_losses as losses
+from tests import test_sharded_plan as plans
 from tests.ranks import run_ranks
 from tests.test_ranking_train import make_config as make_ranking_config
 from tests.test_ranking_train import planted_store
@@ -36,7 +39,7 @@ DIM = 50
 def of_width(dim, function, *args):
     """The function on tables of that width, in the tests that it is of."""
     with contextlib.ExitStack() as stack:
-        for module in (losses, checkpoints):
+        for module in (losses, checkpoints, plans):
             stack.enter_context(mock.patch.object(module, "DIM", dim))
         return function(*args)
 
@@ -126,6 +129,45 @@ def test_row_wise_state_is_the_mean_over_the_columns_of_the_model(optimizer, fie
         expected = torch.full_like(state, total)
         expected[: 1 if rank == 0 else 0] = 0.0  # the padding row
         torch.testing.assert_close(state, expected, rtol=1e-6, atol=0.0)
+
+
+def rows_after_reset(optimizer):
+    """Stored rows 2 and 3, as they look and their state, where they have been trained and then began anew."""
+    from hstu.sharded import shard
+
+    embedding = {"kind": "sharded", "optimizer": optimizer, "ids": "managed", "rows": 9}
+    config = from_dict({"embedding": embedding, "model": {"dim": 6}})
+    model = RetrievalModel(config.model, 37, embedding=config.embedding)
+    tables = shard(model, config, World.current())
+    tables.zero_grad()
+    model.table.rows.lookup(torch.arange(1, 10)).sum().backward()
+    tables.step()
+    reset_rows(model, torch.tensor([2, 3]), 11, [tables], None)
+    fields = [model.table.state_dict()["rows.weight"]]
+    fields += [field for field in tables.states()["table.rows.weight"].values() if hasattr(field, "local_shards")]
+    stored = model.table.rows.collection.state_dict()["embeddings.item.weight"]
+    return [field.local_shards()[0].tensor.detach().clone() for field in [stored, *fields]]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_rows_begin_anew(optimizer):
+    ((stored, weight, *state),) = run_ranks(1, rows_after_reset, optimizer)
+    assert torch.equal(weight[2:4], initial_rows(2, 6, 11)) and not stored[:, 6:].any()
+    for field in state:
+        assert field.shape[1:] in ((), (6,)) and not field[2:4].any() and field[[1, 4]].all()
+
+
+def narrow_rows():
+    model, _ = plans.make_sharded(World.current(), dtype="float16")
+    with torch.no_grad():
+        return model.table.lookup(torch.arange(plans.NUM_ITEMS + 1))
+
+
+def test_narrow_rows():
+    torch.manual_seed(7)
+    weight = LocalItemTable(plans.NUM_ITEMS, DIM).weight.detach()
+    for found in run_width(2, DIM, narrow_rows):
+        assert found.dtype == torch.float32 and torch.equal(found, weight.half().float())
 
 
 @pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd", "adam", "rowwise_adam"])
