@@ -160,7 +160,8 @@ class RankingConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     calibrate: bool = False
     """Add to the logits of each binary task the number that brings the mean prediction on validation to the mean label;
-    baselines that learn are treated alike. It is part of the checkpoint. With run.selection=validation."""
+    baselines that learn are treated alike. It is part of the checkpoint. With run.selection=validation. hstu-stream
+    fits it on each day's predictions, before the day is trained on, for the next day."""
 
     def __post_init__(self) -> None:
         one_of("ranking.form", self.form, ("interleaved", "fused"))
