@@ -294,6 +294,9 @@ class RunConfig:
     """With ``ranks``: how often they are started again, from the last checkpoint, when one of them dies."""
     timeout_s: float = 600.0
     """With several ranks: seconds without a sign of life of one, or of waiting for it, after which it is given up."""
+    stop_patience_s: int | None = None
+    """With ``ranks``: seconds that they have after SIGTERM or Ctrl-C to save, before they are killed. None: 300; before
+    torch 2.13 its launcher gives 30, and takes no other number."""
     precision: str = "float32"
     """float32 or bfloat16 (autocast, CUDA only)."""
     tf32: bool = False
@@ -338,6 +341,8 @@ class RunConfig:
             _check(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
         _check(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, ">= 0")
         _check(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "> 0")
+        patience = self.stop_patience_s
+        _check(patience is None or patience >= 1, "run.stop_patience_s", patience, ">= 1 or null")
         for name in ("save_every_steps", "save_every_epochs", "early_stop_evals", "threads", "ranks"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"run.{name}", value, ">= 1 or null")

@@ -9,6 +9,7 @@ the data would be wrong again: it ends the run, and is said once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -47,6 +48,8 @@ MEET_INTERVAL_S = 0.1
 REPORT_TIMEOUT_S = 5.0
 INTERRUPTED = 130
 """Exit status after a Ctrl-C that nothing was saved at."""
+STOP_PATIENCE_S = 300
+"""A checkpoint of 100 GB takes so long at 0.33 GB/s."""
 NCCL_LATER_S = 60.0
 """NCCL ends the process at its time-out without a word, so the pulse comes first and says which rank hangs."""
 
@@ -307,7 +310,8 @@ def start_ranks(options: dict[str, Any], module: str, run: RunConfig, mend: str 
 
     mend: what is said after how a rank was lost.
 
-    Raises what one process would: UserError, or Interrupted after a signal.
+    Raises what one process would: UserError, or Interrupted after a signal. UserError also where this torch cannot wait
+    for ``run.stop_patience_s``.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -320,7 +324,7 @@ def start_ranks(options: dict[str, Any], module: str, run: RunConfig, mend: str 
         launcher = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=run.ranks, run_id="hstu", rdzv_backend="c10d",
             rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=run.max_restarts,
-            logs_specs=DefaultLogsSpecs(log_dir=name),
+            logs_specs=DefaultLogsSpecs(log_dir=name), **_stop_patience(run, LaunchConfig),
         )  # fmt: skip
         logging.disable(logging.CRITICAL)  # the launcher's own account of what we say in one line
         handlers = {number: signal.getsignal(number) for number in LAUNCHER_SIGNALS}
@@ -337,6 +341,18 @@ def start_ranks(options: dict[str, Any], module: str, run: RunConfig, mend: str 
             for handled, handler in handlers.items():  # the launcher leaves its own
                 signal.signal(handled, handler)
         _raise_outcome(folder / OUTCOME, failure, number)
+
+
+def _stop_patience(run: RunConfig, launch_config: type) -> dict[str, Any]:
+    """How long the launcher waits for its ranks after a signal, as options of torch's ``launch_config``."""
+    if "shutdown_timeout" in (f.name for f in dataclasses.fields(launch_config)):
+        return {"shutdown_timeout": run.stop_patience_s or STOP_PATIENCE_S}
+    if run.stop_patience_s is not None:
+        raise UserError(
+            f"run.stop_patience_s={run.stop_patience_s}: the launcher of torch {torch.__version__} kills ranks 30 s "
+            "after a signal, whatever the number; expected null, or torch 2.13"
+        )
+    return {}
 
 
 def _last_failure(error: Any, folder: Path) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -170,6 +172,36 @@ def test_what_a_crash_left_is_cleared_away(saved):
     Saver(saved, keep_last=3).close()
     assert names(saved) == ["best", "step-000000001", "step-000000002", "step-000000003"]
     assert checkpoint.load(saved / checkpoint.BEST).values["progress"]["step"] == 9
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from hstu import checkpoint
+from tests.test_checkpoint import state
+
+def die(*_):
+    os.kill(os.getpid(), 9)
+
+for name in ("fsync", "_write_json", "_replace"):  # in the tensors, before the manifest, before the rename
+    folder = Path(sys.argv[1]) / name
+    saver = checkpoint.Saver(folder, keep_last=1, background=False)
+    saver.save(state(1), 1)
+    saver.close()
+    if os.fork() == 0:
+        setattr(os if name == "fsync" else checkpoint, name, die)
+        saver.save(state(2), 2)
+    assert os.wait()[1] == 9
+"""
+
+
+def test_a_save_that_is_killed_leaves_the_one_before(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
+    for place in ("fsync", "_write_json", "_replace"):
+        folder = tmp_path / place
+        assert "step-000000002.partial" in names(folder) and last_step(folder) == 1
+        Saver(folder, keep_last=1).close()
+        assert names(folder) == ["step-000000001"] and last_step(folder) == 1
 
 
 # Damage

@@ -388,6 +388,28 @@ def ranks_of_this_process() -> dict[int, int]:
     return found
 
 
+@dataclasses.dataclass
+class OlderLaunchConfig:
+    """Of a torch whose launcher has no such setting."""
+
+    max_restarts: int = 3
+
+
+@dataclasses.dataclass
+class LaunchConfig(OlderLaunchConfig):
+    shutdown_timeout: int | None = None
+
+
+def test_the_launcher_waits_for_the_last_save_where_it_can() -> None:
+    assert launch._stop_patience(RunConfig(), LaunchConfig) == {"shutdown_timeout": 300}
+    assert launch._stop_patience(RunConfig(stop_patience_s=7), LaunchConfig) == {"shutdown_timeout": 7}
+    assert launch._stop_patience(RunConfig(), OlderLaunchConfig) == {}
+    with pytest.raises(UserError, match=r"run.stop_patience_s=7: .* 30 s after a signal.*expected null, or torch 2.13"):
+        launch._stop_patience(RunConfig(stop_patience_s=7), OlderLaunchConfig)
+    with pytest.raises(UserError, match=r"run.stop_patience_s=0: expected >= 1 or null"):
+        RunConfig(stop_patience_s=0)
+
+
 def meanwhile(config: Config, actions: list[Callable[[], None]]) -> threading.Thread:
     """Takes the actions one by one, each when the run has made three steps more than at the one before."""
 
