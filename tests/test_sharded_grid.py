@@ -22,6 +22,7 @@ from tests import test_sharded_rank as ranks
 from tests.ranks import run_ranks
 from tests.test_ranking_train import make_config as make_ranking_config
 from tests.test_ranking_train import planted_store
+from tests.test_sharded_width import of_width
 from tests.test_train import logged, make_config
 from tests.test_train_ranks import narrow, run_steps
 
@@ -111,6 +112,16 @@ def test_losses_and_gradients_of_a_local_table(loss, optimizer, nodes):
         torch.testing.assert_close(linear, expected[2], rtol=1e-4, atol=2e-6)
 
 
+def test_padded_columns_on_the_second_node():
+    """30 columns, stored as 32: 16 and 14."""
+    loss = losses.LOSSES["sampled"]
+    expected = of_width(30, losses.train, loss, "local", "adagrad", "auto", [60])
+    options = (30, losses.train, loss, "sharded", "adagrad", "grid", losses.SIZES[4])
+    for found, table, _ in run_nodes(TWO_NODES, of_width, *options):
+        torch.testing.assert_close(found, expected[0], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(table, expected[1], rtol=1e-4, atol=2e-6)
+
+
 def test_ranks_and_topk_of_a_local_table():
     local = LocalItemTable(ranks.NUM_ITEMS, ranks.DIM)
     with torch.no_grad():
@@ -167,9 +178,14 @@ def shown_losses(folder):
     return [line["loss"] for line in logged(folder) if "loss" in line]
 
 
-def test_a_ranking_model_with_tables_of_every_kind(tmp_path):
+@pytest.mark.parametrize(
+    "optim",
+    [OptimConfig(lr=3e-3), OptimConfig(lr=3e-3, clip_norm=0.3, accumulate_steps=2, average_decay=0.9)],
+    ids=["in-the-backward", "at-the-end"],
+)
+def test_a_ranking_model_with_tables_of_every_kind(optim, tmp_path):
     store = planted_store(tmp_path / "planted").path
-    made = make_ranking_config(tmp_path, run_batch_users=5, run_save_every_epochs=None, optim=OptimConfig(lr=3e-3))
+    made = make_ranking_config(tmp_path, run_batch_users=5, run_save_every_epochs=None, optim=optim)
     tables = {"item": "grid", "item.parity": "grid", "event.hour_of_day": "column_wise"}
     for name, embedding in {
         "local": TABLES,
