@@ -10,6 +10,7 @@ R negatives per position, N GPUs.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hstu.config_model import FuXiLinearConfig, HSTUConfig, SASRecConfig
@@ -18,7 +19,17 @@ from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
 from hstu.plan_layers import fuxi_chunks, layer_bytes
 from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
 from hstu.plan_memory import dense_parameters
-from hstu.plan_tables import column_parts, is_replicated, num_shards, optimizer_bytes, row_width
+from hstu.plan_ranking import head_bytes, head_flops, token_bytes
+from hstu.plan_tables import (
+    Lookup,
+    column_parts,
+    is_replicated,
+    lookups,
+    num_shards,
+    optimizer_bytes,
+    row_width,
+    whole_gradients,
+)
 from hstu.plan_work import Workload
 
 BACKWARD_ATTENTION = 2.5
@@ -29,9 +40,9 @@ SOFTMAX_PASSES = 12.0
 """Softmax attention written out in steps moves each weight so often, forward and backward."""
 ADAMW_FLOATS = 7.0
 """AdamW reads weight, gradient and two moments of a number and writes all but the gradient."""
-TABLE_PASSES = {"torch": 12.0, "triton": 5.0}
+TABLE_PASSES = {"torch": 12.0, "triton": 5.0, "ranking": 2.0}
 """A local table is gone through so often beside AdamW: its gradients from the events and from the loss are made and
-added; on the torch path it is normalised as a whole, forward and backward."""
+added; on the torch path it is normalised as a whole, forward and backward. Ranking only makes that from the events."""
 GATHER_FLOATS = 2.0
 """The backward of a sampled loss adds to a float32 gradient: read and write."""
 
@@ -84,26 +95,33 @@ def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
     """What a step sends, by part; empty on one GPU."""
     if config.cluster.gpus == 1:
         return []
-    network = Network(config)
-    dense = FLOAT * float(dense_parameters(config))
-    if is_replicated(config):
-        dense += FLOAT * float(config.embedding.rows + 1) * config.model.dim
-        return [network.all_gather("gradients of dense weights", dense, 1, passes=2)]
-    lookup = _lookup(config, network, "events", work.tokens)
-    return [*lookup, *loss_transfers(config, work), network.all_gather("gradients of dense weights", dense, 1, 2)]
+    network, spread = Network(config), [x for x in lookups(config, work) if not is_replicated(x.config)]
+    parts = _lookup(network, "events", [x for x in spread if x.of == "events"])
+    if config.ranking is None and not is_replicated(config):
+        parts += loss_transfers(config, work)
+    parts += _lookup(network, "features", [x for x in spread if x.of != "events"])
+    dense = FLOAT * float(dense_parameters(config)) + whole_gradients(config, work)
+    return [*parts, network.all_gather("gradients of dense weights", dense, 1, passes=2)]
 
 
-def _lookup(config: PlanConfig, network: Network, what: str, rows: float) -> list[Transfer]:
+def _lookup(network: Network, what: str, tables: Sequence[Lookup]) -> list[Transfer]:
     """Ids to the GPUs that have their rows, rows back, gradients there; rows: those that a GPU asks for."""
-    each = DTYPE_BYTES[config.embedding.comm_dtype]
-    dim, copies = row_width(config), column_parts(config)
-    if num_shards(config) < config.cluster.gpus:  # few GPUs have all rows
-        rows = rows * config.cluster.gpus / num_shards(config)
-    lengths = config.cluster.gpus * 2 * BAGS * INT64  # go first, those of what is scored with them
+    if not tables:
+        return []
+    ids = rows = 0.0
+    for table in tables:
+        config, asked = table.config, table.rows
+        if num_shards(config) < network.gpus:  # few GPUs have all rows
+            asked *= network.gpus / num_shards(config)
+        # Lengths go first; those of what is scored go with those of the events.
+        lengths = network.gpus * (2 if table.of == "events" else 1) * BAGS * INT64
+        ids += asked * column_parts(config) * INT64 + lengths
+        rows += asked * row_width(config) * DTYPE_BYTES[config.embedding.comm_dtype]
+    exchanges = len({table.of for table in tables})
     return [
-        network.all_to_all(f"ids of {what}", rows * copies * INT64 + lengths, 2),
-        network.all_to_all(f"rows of {what}", rows * dim * each),
-        network.all_to_all(f"gradients of {what}", rows * dim * each),
+        network.all_to_all(f"ids of {what}", ids, 2 * exchanges),
+        network.all_to_all(f"rows of {what}", rows, exchanges),
+        network.all_to_all(f"gradients of {what}", rows, exchanges),
     ]
 
 
@@ -121,7 +139,7 @@ def loss_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
         network.all_gather("gradients of queries", everyone * row),
     ]
     if config.embedding.sharding in ("column_wise", "table_wise", "grid"):  # rows do not lie where they are scored
-        parts += _lookup(config, network, "scored items", scored_rows(config, work))
+        parts += _lookup(network, "scored items", [Lookup("scored", "events", config, scored_rows(config, work))])
     return parts
 
 
@@ -135,7 +153,7 @@ def row_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
         "in_batch": distinct(everyone, items),
         "full_softmax": items,
     }[config.loss.name]
-    return _lookup(config, Network(config), "scored items", rows)
+    return _lookup(Network(config), "scored items", [Lookup("scored", "events", config, rows)])
 
 
 # Work on the GPU
@@ -158,12 +176,13 @@ def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     layers = config.model.num_blocks
     cluster = config.cluster
     touched = TOUCHES * layers * layer_bytes(config, work)
+    linear = layers * work.tokens * _linear_flops(config)
     parts = [
-        _part(config, "linear layers", layers * work.tokens * _linear_flops(config), touched, cluster.linear_fraction),
+        _part(config, "linear layers", linear, touched, cluster.linear_fraction),
         _attention(config, work),
-        *_loss_parts(config, work),
+        *(_loss_parts(config, work) if config.ranking is None else [_heads(config, work)]),
+        *_embedding(config, work),
     ]
-    parts += _embedding(config, work)
     dense = float(dense_parameters(config)) * FLOAT * ADAMW_FLOATS
     return [*parts, _part(config, "dense optimizer", 0.0, dense, 1.0)]
 
@@ -239,27 +258,50 @@ def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     return parts
 
 
+def _heads(config: PlanConfig, work: Workload) -> TimePart:
+    """Tokens are put together and the heads are run: ranking."""
+    kept = token_bytes(config, work) + head_bytes(config, work) + 2 * work.tokens * config.model.dim * FLOAT
+    return _part(config, "tokens and heads", head_flops(config, work), TOUCHES * kept, config.cluster.linear_fraction)
+
+
 def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
-    """Lookups, and the update of the rows that were touched; a local table with AdamW is updated whole."""
-    table, dim = config.embedding, row_width(config)
+    """Lookups, and the update of the rows that were touched; a table that is whole with AdamW is updated whole."""
+    near = far = 0.0
+    for table in lookups(config, work):
+        if is_replicated(table.config):
+            near += _whole_table_bytes(table)
+        else:
+            scored = scored_rows(config, work) if config.ranking is None else 0.0
+            moved, from_host = _shard_traffic(table, scored)
+            near, far = near + moved, far + from_host
+    parts = [_part(config, "embedding", 0.0, near, 1.0)]
+    if far:
+        seconds = far / (config.cluster.sheet.pcie_gbps * 1e9 * config.cluster.network_fraction)
+        parts.append(TimePart("rows in host memory", seconds, "PCIe", 0.0, far))
+    return parts
+
+
+def _whole_table_bytes(table: Lookup) -> float:
+    """Moved in memory for a table that is whole on the GPU."""
+    config, row = table.config, table.config.model.dim * FLOAT
+    path = "ranking" if config.ranking is not None else "torch" if config.torch_path else "triton"
+    return 2 * table.rows * row + (config.embedding.rows + 1) * row * (ADAMW_FLOATS + TABLE_PASSES[path])
+
+
+def _shard_traffic(lookup: Lookup, scored: float) -> tuple[float, float]:
+    """Bytes moved in memory and, of rows in host memory, from and to it, for the largest shard of a table.
+
+    scored: rows that the loss wants beside those of the lookup.
+    """
+    config, table, dim = lookup.config, lookup.config.embedding, row_width(lookup.config)
     stored, gpus, shards = DTYPE_BYTES[table.dtype], config.cluster.gpus, num_shards(config)
-    items = float(table.rows)
-    if is_replicated(config):
-        looked_up = 2 * work.tokens * dim * FLOAT
-        passes = ADAMW_FLOATS + TABLE_PASSES["torch" if config.torch_path else "triton"]
-        update = (items + 1) * dim * FLOAT * passes
-        return [_part(config, "embedding", 0.0, looked_up + update, 1.0)]
     busy = gpus / shards  # lookups of a GPU that has rows, against an even share
-    rows = (work.tokens + scored_rows(config, work)) * busy
-    touched = distinct(work.tokens * gpus, items) / shards + scored_rows(config, work) * busy
+    rows = (lookup.rows + scored) * busy
+    touched = distinct(lookup.rows * gpus, float(table.rows)) / shards + scored * busy
     state = optimizer_bytes(table.optimizer, 1, dim)
     moved = rows * dim * (stored + FLOAT) + rows * dim * FLOAT + touched * 2 * (dim * stored + state)
-    if table.placement == "hbm":
-        return [_part(config, "embedding", 0.0, moved, 1.0)]
-    missed = 1.0 - table.cache_hit_rate if table.placement == "uvm_caching" else 1.0
-    far = missed * (rows * dim * stored + touched * (dim * stored + 2 * state))
-    seconds = far / (config.cluster.sheet.pcie_gbps * 1e9 * config.cluster.network_fraction)
-    return [_part(config, "embedding", 0.0, moved, 1.0), TimePart("rows in host memory", seconds, "PCIe", 0.0, far)]
+    missed = {"hbm": 0.0, "uvm": 1.0}.get(table.placement, 1.0 - table.cache_hit_rate)
+    return moved, missed * (rows * dim * stored + touched * (dim * stored + 2 * state))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class FeaturePlanConfig:
         if self.of is not None:
             one_of("features.*.of", self.of, OWNERS)
         if self.sharding is not None:
-            one_of("features.*.sharding", self.sharding, (*SHARDINGS, "data_parallel"))
+            one_of("features.*.sharding", self.sharding, SHARDINGS)
 
 
 @dataclass(frozen=True)

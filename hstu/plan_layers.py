@@ -13,8 +13,8 @@ from hstu.plan_work import Workload
 BATCH_COLUMNS = 5
 """int64 numbers of a token in a batch: item, label, time, request time, row."""
 SOFTMAX_LAYER_ROWS, FREED_ROWS = 11.5, 2.0
-"""Float32 rows of width D a token: those that the backward of softmax attention needs at once in a SASRec or Transformer
-layer, and those that the feed-forward part, which comes first, has given back by then beside its own (measured)."""
+"""Float32 rows of width D a token: those that the backward of softmax attention needs at once in a SASRec or
+Transformer layer, and those that the feed-forward part, which comes first, has given back by then (measured)."""
 FFN_ROWS = 2.0
 """Float32 rows of width F a token that the backward of the feed-forward part needs at once."""
 TEMPORAL_COPIES = 4.1

@@ -14,8 +14,10 @@ import torch
 from hstu.config import build
 from hstu.config_ranking import RankingConfig
 from hstu.data.ranking import num_bits
+from hstu.feature_tables import BAGS
 from hstu.plan_config import FLOAT, INT64, PlanConfig
-from hstu.plan_tables import values_of
+from hstu.plan_features import OWNERS
+from hstu.plan_tables import is_replicated, row_width, values_of
 from hstu.plan_work import Workload
 
 BINARY_LOSS_BYTES = 2 * FLOAT + 1
@@ -65,11 +67,19 @@ def batch_bytes(config: PlanConfig, work: Workload) -> float:
 def token_bytes(config: PlanConfig, work: Workload) -> float:
     """What the tokens keep: features of several values before they are summed, numbers, narrow bits."""
     assert config.ranking is not None
-    low, features, found = config.activation_bytes, config.all_features, 0.0
-    values = values_of(config, work)
-    for table in features.tables:
-        if table.values != 1.0:
-            found += values[table.name] * (INT64 + FLOAT * config.model.dim)
+    low, features, values = config.activation_bytes, config.all_features, values_of(config, work)
+    found = 0.0
+    for owner in OWNERS:
+        tables = features.of(owner)
+        several = [table for table in tables if table.values != 1.0]
+        found += INT64 * sum(values[table.name] for table in several)
+        spread = [table for table in tables if not is_replicated(config.of_feature(table))]
+        if spread:  # ids and lengths that other GPUs have asked for; values of all tables lie in one storage
+            found += sum(values[table.name] * INT64 + config.cluster.gpus * BAGS * INT64 for table in spread)
+            several = tables if several else []
+        found += FLOAT * row_width(config) * sum(values[table.name] for table in several)
+    if not is_replicated(config):
+        found += work.events * INT64 + config.cluster.gpus * 2 * BAGS * INT64
     found += (work.events * features.numbers + work.users * features.user_numbers) * (FLOAT + 1)
     if low < FLOAT:
         found += work.events * action_bits(config.ranking) * low

@@ -20,11 +20,13 @@ class Lookup:
 
     Attributes:
         name: ``events`` for the item table, else that of the feature.
+        of: what is looked up in one exchange with others: events, item (features) or user.
         config: with this table in place of the item table.
         rows: looked up, repeats included.
     """
 
     name: str
+    of: str
     config: PlanConfig
     rows: float
 
@@ -39,9 +41,8 @@ def lookups(config: PlanConfig, work: Workload) -> list[Lookup]:
     """The item table, then those of features."""
     values = values_of(config, work)
     tables = config.all_features.tables
-    return [
-        Lookup("events", config, work.events), *(Lookup(t.name, config.of_feature(t), values[t.name]) for t in tables)
-    ]  # fmt: skip
+    features = [Lookup(table.name, table.of, config.of_feature(table), values[table.name]) for table in tables]
+    return [Lookup("events", "events", config, work.events), *features]
 
 
 def whole_gradients(config: PlanConfig, work: Workload) -> float:
@@ -85,7 +86,7 @@ def shard_shape(config: PlanConfig) -> tuple[int, int]:
 def table_bytes(config: PlanConfig) -> tuple[float, float]:
     """Rows of the largest shard, and their optimizer's state."""
     rows, columns = shard_shape(config)
-    size = float(rows) * columns * DTYPE_BYTES[config.embedding.dtype]
+    size = float(rows) * columns * (FLOAT if is_replicated(config) else DTYPE_BYTES[config.embedding.dtype])
     return size, float(optimizer_bytes(config.embedding.optimizer, rows, columns))
 
 

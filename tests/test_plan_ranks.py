@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from hstu.distributed import World
 from hstu.model.retrieval import RetrievalModel
 from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
 from hstu.plan_cost import transfers
-from hstu.plan_memory import saved_bytes
+from hstu.plan_memory import plan_memory, saved_bytes
 from hstu.plan_tables import table_bytes
 from hstu.plan_work import Workload
 from tests.ranks import run_ranks
@@ -142,3 +142,50 @@ def test_column_shards_keep_a_number_for_each_part_of_a_row() -> None:
     result = run_ranks(2, step, LOSSES["bank"], "rowwise_adagrad", "column_wise")[0]
     assert (result["rows"], result["state"]) == table_bytes(planned(2, "bank", sharding="column_wise"))
     assert result["state"] == 4 * (ITEMS + 1)
+
+
+# Ranking
+
+
+def ranking_step(case: str, ranks: int) -> dict[str, Any]:
+    """Of one step of a ranking model with sharded tables: bytes sent and kept by this rank, and those of its shards."""
+    from hstu.sharded import shard
+    from tests import test_plan_ranking as ranking
+
+    world, config = World.current(), ranking_plan(case, ranks)
+    torch.manual_seed(0)
+    model = ranking.make_model(config)
+    options = {"kind": "sharded", "optimizer": "rowwise_adagrad", "sharding": "row_wise"}
+    tables = shard(model, from_dict({"embedding": options, "model": asdict(config.model)}), world)
+    batch = ranking.make_batch(config, ranking.LENGTHS, seed=world.rank)
+    tables.zero_grad()
+    kept = ranking.kept_bytes(model, batch, "float32", world)
+    tables.zero_grad()
+    sent = count_sent(world, lambda: model.loss(batch, 1, world=world).backward())
+    rows = [sum(num_bytes(p) for p in module.parameters()) for module in model.tables()]
+    return {"sent": sent, "kept": kept, "rows": rows}
+
+
+def ranking_plan(case: str, ranks: int) -> PlanConfig:
+    from tests import test_plan_ranking as ranking
+
+    return ranking.planned(*ranking.CASES[case], ranks=ranks, kind="sharded", sharding="row_wise")
+
+
+@pytest.mark.parametrize("case", ["interleaved", "fused"])
+def test_ranking_step_over_ranks_keeps_and_sends_what_is_planned(case: str) -> None:
+    from tests import test_plan_ranking as ranking
+
+    results, config = run_ranks(2, ranking_step, case, 2), ranking_plan(case, 2)
+    work = ranking.work_of(config, ranking.LENGTHS)
+    kept = sum(part.bytes for part in saved_bytes(config, work))
+    assert kept == pytest.approx(np.mean([r["kept"] for r in results]), rel=0.05)
+    sent = {name: np.mean([r["sent"].get(name, 0.0) for r in results]) for name in COLLECTIVES}
+    plan = Counter[str]()
+    for part in transfers(config, work):
+        plan["dense" if "dense" in part.name else "all_to_all_single"] += part.sent
+    for name in COLLECTIVES:
+        assert plan[name] == pytest.approx(sent[name], rel=0.03, abs=SMALL), name
+    memory = plan_memory(config, work)
+    item, *features = (max(r["rows"][index] for r in results) for index in range(3))
+    assert (memory.of("table"), memory.of("feature tables")) == (item, sum(features))
