@@ -33,8 +33,8 @@ DERIVED = ("hour_of_day", "day_of_week")
 HASHED, FIRST_DAY = "hashed", "first_day"
 """In ``meta.json`` of the store of a day of arriving files: how many codes each categorical column is hashed to; the
 folder, beside it, of the first day, whose numbers give edges and scales."""
-_PART_BYTES = 1 << 25
-"""So much of a column is looked at at once."""
+_PART_BYTES = 1 << 24
+"""So much of a column, as float64 or text, is looked at at once."""
 _DIGIT = 16
 """Bits of a number that one pass of :func:`sorted_values` settles."""
 
@@ -184,7 +184,7 @@ def _attribute(store: SequenceStore, owner: str, name: str) -> Any:
 
 def parts(column: Any) -> Iterator[np.ndarray]:
     """``column`` from front to back, in arrays that fit into memory; at least one."""
-    rows = max(1, _PART_BYTES // column[:0].dtype.itemsize)
+    rows = max(1, _PART_BYTES // max(8, column[:0].dtype.itemsize))
     for start in range(0, max(1, len(column)), rows):
         yield np.asarray(column[start : start + rows])
 
