@@ -28,6 +28,7 @@ from hstu.plan_search import Plan, mends, smallest_cluster
 from hstu.plan_tables import is_replicated
 from hstu.plan_torchrec import Sharding, plan_sharding
 from hstu.plan_work import Workload
+from hstu.sharded_plan import least_columns
 
 NOT_VALIDATED = (
     "Times are not validated on a GPU. Memory is checked on the CPU to 10 %; what a GPU's allocator adds is in the "
@@ -96,8 +97,13 @@ def refusal(plan: Plan) -> str:
 
 
 def run(config: PlanConfig) -> int:
-    """Plans, prints, writes; 0 where it fits."""
+    """Plans, prints, writes; 0 where it fits.
+
+    Raises UserError where training would refuse: a model that is not planned, columns that cannot be cut.
+    """
     check_model(config.model)
+    if not is_replicated(config):
+        least_columns(config.embedding.sharding, config.model.dim, config.cluster.gpus, config.cluster.node_size)
     config, sharding = resolve_sharding(config)
     plan = Plan.of(config)
     smallest = smallest_cluster(config)

@@ -259,7 +259,7 @@ def make_plan(
         constraints[table.name] = ParameterConstraints(
             sharding_types=[TORCHREC_NAMES.get(name, name) for name in allowed],
             compute_kernels=["fused"],
-            min_partition=_least_columns(wanted, table.dim, world.size, node_size),
+            min_partition=least_columns(wanted, table.dim, world.size, node_size),
             pooling_factors=list(table.lookups),
         )
     on_gpu, room = world.device.type == "cuda", capacity(config, world)
@@ -299,7 +299,7 @@ def _check_nodes(world: World) -> None:
         )
 
 
-def _least_columns(sharding: str, dim: int, num_ranks: int, node_size: int) -> int | None:
+def least_columns(sharding: str, dim: int, num_ranks: int, node_size: int) -> int | None:
     """Width of a shard where a table is cut by columns: over the ranks, or in a grid over the nodes; else None.
 
     node_size: ranks of a node.

@@ -17,6 +17,11 @@ from hstu.errors import UserError
 from hstu.export import item_vectors
 from hstu.feature_tables import FeatureTables
 from hstu.model.retrieval import RetrievalModel
+from hstu.plan import run as plan_and_show
+from hstu.plan_config import from_options
+from hstu.plan_memory import plan_memory
+from hstu.plan_tables import shard_shape
+from hstu.plan_work import Workload
 from hstu.runs import load_run, open_store
 from hstu.sharded_plan import TableShape, allowed_shardings, column_part, moved_by_fbgemm, table_bytes
 from hstu.sharded_width import stored_width, stretch_of
@@ -202,6 +207,27 @@ def refusal_of_columns():
     with pytest.raises(UserError) as raised:
         checkpoints.make("sharded", "sgd", "column_wise")
     return str(raised.value)
+
+
+@pytest.mark.parametrize("dim, columns", [(50, 52), (52, 52), (30, 32)])
+def test_hstu_plan_counts_stored_columns_as_torchrec_does(dim, columns):
+    from hstu.plan_torchrec import plan_sharding
+
+    config = plan_options(dim, "row_wise", "adagrad")
+    assert shard_shape(config) == (10**8 // 8 + 1, columns)
+    work = Workload.planned(config)
+    found = plan_sharding(config, work, plan_memory(config, work))
+    assert found.found and found.ours_bytes == pytest.approx(found.hbm_bytes, rel=1e-6)
+
+
+def test_hstu_plan_refuses_what_training_refuses():
+    with pytest.raises(UserError, match=r"rows of 52 \(model.dim=50\) have none for 8: take row_wise, or model.dim=56"):
+        plan_and_show(plan_options(50, "column_wise", "adagrad"))
+
+
+def plan_options(dim, sharding, optimizer):
+    embedding = {"rows": 10**8, "dim": dim, "sharding": sharding, "optimizer": optimizer}
+    return from_options({"embedding": embedding, "cluster": {"gpus": 8}})
 
 
 def test_the_planner_does_not_cut_padded_rows_with_one_number():
