@@ -42,7 +42,7 @@ def resolve_sharding(config: PlanConfig) -> tuple[PlanConfig, Sharding | None]:
     work = Workload.planned(ours)
     found = plan_sharding(config, work, plan_memory(ours, work))
     if found is not None and found.found and config.embedding.sharding == "auto":
-        ours = config.with_table(sharding=found.sharding)
+        ours = config.with_shardings(found.sharding, found.features)
     return ours, found
 
 
@@ -67,6 +67,7 @@ def as_json(plan: Plan, sharding: Sharding | None, smallest: int | None) -> dict
         "limited_by": step.limited_by if memory.fits else "memory",
         "loss_communication_s": None if both is None else {"queries": total_s(both[0]), "rows": total_s(both[1])},
         "smallest_cluster": smallest,
+        "features": [dataclasses.asdict(table) for table in plan.config.all_features.tables],
         "torchrec": None if sharding is None else dataclasses.asdict(sharding),
         "validated_on_gpu": False,
     }  # fmt: skip
@@ -74,7 +75,7 @@ def as_json(plan: Plan, sharding: Sharding | None, smallest: int | None) -> dict
 
 def both_ways(plan: Plan) -> tuple[list[Transfer], list[Transfer]] | None:
     """What the loss sends when queries travel (as built), and when rows would; None where nothing is sent."""
-    if plan.config.cluster.gpus == 1 or is_replicated(plan.config):
+    if plan.config.cluster.gpus == 1 or is_replicated(plan.config) or plan.config.ranking is not None:
         return None
     return loss_transfers(plan.config, plan.work), row_transfers(plan.config, plan.work)
 

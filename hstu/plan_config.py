@@ -301,8 +301,16 @@ class PlanConfig:
 
     def of_feature(self, table: FeatureTable) -> PlanConfig:
         """The same with the table of a feature in place of that of items."""
-        own = {} if table.sharding is None else {"sharding": table.sharding}
+        own: dict[str, Any] = {} if table.sharding is None else {"sharding": table.sharding}
+        if table.sharding == "data_parallel":
+            own |= {"dtype": "float32", "comm_dtype": "float32", "placement": "hbm"}
         return self.with_table(rows=max(1, table.rows - 1), **own)
+
+    def with_shardings(self, item: str, features: Mapping[str, str]) -> PlanConfig:
+        """The same with the tables of items and features cut otherwise."""
+        given = {name: self.features.get(name, FeaturePlanConfig()) for name in features}
+        chosen = {name: dataclasses.replace(table, sharding=features[name]) for name, table in given.items()}
+        return dataclasses.replace(self.with_table(sharding=item), features={**self.features, **chosen})
 
     def with_table(self, **changes: Any) -> PlanConfig:
         """The same with another kind of table."""

@@ -22,6 +22,7 @@ from hstu.plan_memory import dense_parameters
 from hstu.plan_ranking import head_bytes, head_flops, token_bytes
 from hstu.plan_tables import (
     Lookup,
+    busiest,
     column_parts,
     is_replicated,
     lookups,
@@ -108,20 +109,19 @@ def _lookup(network: Network, what: str, tables: Sequence[Lookup]) -> list[Trans
     """Ids to the GPUs that have their rows, rows back, gradients there; rows: those that a GPU asks for."""
     if not tables:
         return []
-    ids = rows = 0.0
+    ids, rows, lengths = [], [], 0.0
     for table in tables:
-        config, asked = table.config, table.rows
-        if num_shards(config) < network.gpus:  # few GPUs have all rows
-            asked *= network.gpus / num_shards(config)
+        config = table.config
+        asked = table.rows * max(1.0, network.gpus / num_shards(config))  # by all GPUs of the few that have all rows
         # Lengths go first; those of what is scored go with those of the events.
-        lengths = network.gpus * (2 if table.of == "events" else 1) * BAGS * INT64
-        ids += asked * column_parts(config) * INT64 + lengths
-        rows += asked * row_width(config) * DTYPE_BYTES[config.embedding.comm_dtype]
+        lengths += network.gpus * (2 if table.of == "events" else 1) * BAGS * INT64
+        ids.append((config, asked * column_parts(config) * INT64))
+        rows.append((config, asked * row_width(config) * DTYPE_BYTES[config.embedding.comm_dtype]))
     exchanges = len({table.of for table in tables})
     return [
-        network.all_to_all(f"ids of {what}", ids, 2 * exchanges),
-        network.all_to_all(f"rows of {what}", rows, exchanges),
-        network.all_to_all(f"gradients of {what}", rows, exchanges),
+        network.all_to_all(f"ids of {what}", busiest(ids) + lengths, 2 * exchanges),
+        network.all_to_all(f"rows of {what}", busiest(rows), exchanges),
+        network.all_to_all(f"gradients of {what}", busiest(rows), exchanges),
     ]
 
 
@@ -266,15 +266,15 @@ def _heads(config: PlanConfig, work: Workload) -> TimePart:
 
 def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
     """Lookups, and the update of the rows that were touched; a table that is whole with AdamW is updated whole."""
-    near = far = 0.0
+    moved, from_host = [], []
+    scored = scored_rows(config, work) if config.ranking is None else 0.0
     for table in lookups(config, work):
-        if is_replicated(table.config):
-            near += _whole_table_bytes(table)
-        else:
-            scored = scored_rows(config, work) if config.ranking is None else 0.0
-            moved, from_host = _shard_traffic(table, scored)
-            near, far = near + moved, far + from_host
-    parts = [_part(config, "embedding", 0.0, near, 1.0)]
+        whole = is_replicated(table.config)
+        near, far = (_whole_table_bytes(table), 0.0) if whole else _shard_traffic(table, scored)
+        moved.append((table.config, near))
+        from_host.append((table.config, far))
+    far = busiest(from_host)
+    parts = [_part(config, "embedding", 0.0, busiest(moved), 1.0)]
     if far:
         seconds = far / (config.cluster.sheet.pcie_gbps * 1e9 * config.cluster.network_fraction)
         parts.append(TimePart("rows in host memory", seconds, "PCIe", 0.0, far))

@@ -30,6 +30,7 @@ from hstu.plan_losses import loss_memory
 from hstu.plan_ranking import batch_bytes as ranking_batch
 from hstu.plan_ranking import ranking_parameters, token_bytes
 from hstu.plan_tables import (
+    busiest,
     is_replicated,
     lookups,
     num_shards,
@@ -116,7 +117,8 @@ def saved_bytes(config: PlanConfig, work: Workload) -> list[Part]:
 def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     """Memory of the fullest GPU by part."""
     check_model(config.model)
-    placed = [place_table(lookup.config) for lookup in lookups(config, work)]
+    tables = lookups(config, work)
+    placed = [place_table(lookup.config) for lookup in tables]
     dense, whole = float(FLOAT * dense_parameters(config)), whole_gradients(config, work)
     loss, kept = loss_memory(config, work), saved_bytes(config, work)
     early = max(loss.draws, early_workspace(config, work)) - sum(part.bytes for part in kept)
@@ -125,8 +127,9 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     layer = layer_workspace(config, work) + waiting - loss.kept - output_bytes(config, work)
     parts = [Part("table", placed[0].rows), Part("table optimizer", placed[0].state)]
     if placed[1:]:
-        parts.append(Part("feature tables", sum(table.rows for table in placed[1:])))
-        parts.append(Part("their optimizer", sum(table.state for table in placed[1:])))
+        of_features = [(lookup.config, own) for lookup, own in zip(tables[1:], placed[1:], strict=True)]
+        parts.append(Part("feature tables", busiest([(own, table.rows) for own, table in of_features])))
+        parts.append(Part("their optimizer", busiest([(own, table.state) for own, table in of_features])))
     parts += [
         Part("dense weights", dense),
         Part("gradients", dense + whole),

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from hstu.plan_config import GIB
 from hstu.plan_cost import Step, Transfer
+from hstu.plan_features import ASSUMED_ROWS
 from hstu.plan_memory import Memory, Part
 from hstu.plan_search import Mend, Plan
 from hstu.plan_tables import is_replicated
@@ -45,16 +46,30 @@ def show(
 def _head(plan: Plan) -> Panel:
     table, cluster, work = plan.config.embedding, plan.config.cluster, plan.work
     sheet, model = cluster.sheet, plan.config.model
+    goal, users = ("ranking", "sequences") if plan.config.ranking is not None else (plan.config.loss.name, "users")
     lines = [
         f"{model.name} D={model.dim}, {model.num_blocks} layers, {model.num_heads} heads; {table.rows:,} items, "
-        f"{table.dtype} rows, {table.optimizer}; {plan.config.loss.name}, {plan.config.precision}",
+        f"{table.dtype} rows, {table.optimizer}; {goal}, {plan.config.precision}",
         f"{cluster.gpus} x {cluster.gpu} in nodes of {sheet.gpus_per_node}: {sheet.hbm_gib:g} GiB, "
         f"{sheet.hbm_gbps:,g} GB/s, {plan.config.peak_tflops:g} TFLOP/s; NVLink {sheet.nvlink_gbps:g}, network "
         f"{sheet.network_gbps:g} GB/s a GPU",
-        f"{work.tokens:,.0f} tokens a GPU, {work.users:,.0f} users of {work.tokens / work.users:,.0f} on average, at "
-        f"most {work.longest:,}",
+        f"{work.tokens:,.0f} tokens a GPU, {work.users:,.0f} {users} of {work.tokens / work.users:,.0f} on average, "
+        f"at most {work.longest:,}",
     ]
+    if plan.config.ranking is not None:
+        lines.insert(1, _ranking_line(plan))
     return Panel("\n".join(lines), title="hstu-plan", title_align="left", expand=False)
+
+
+def _ranking_line(plan: Plan) -> str:
+    """What is ranked, from what."""
+    ranking, features, work = plan.config.ranking, plan.config.all_features, plan.work
+    assert ranking is not None
+    rows = sum(table.rows for table in features.tables)
+    return (
+        f"{ranking.form}, tasks {', '.join(ranking.tasks)}: {work.predicted:,.0f} predictions of {work.events:,.0f} "
+        f"events; {len(features.tables)} feature tables with {rows:,} rows, {features.num_prefix} prefix tokens"
+    )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -150,6 +165,10 @@ def _conclusions(
             "are cheaper here"
         ))  # fmt: skip
     lines.append(Text(_sharding_line(sharding, has_torchrec, plan)))
+    if assumed := [table for table in plan.config.all_features.tables if table.assumed]:
+        names = ", ".join(table.name for table in assumed)
+        say = f"features='{{{assumed[0].name}: ...}}'"
+        lines.append(Text(f"Features of which nothing is said, {ASSUMED_ROWS:,} rows each: {names}; say {say}"))
     return lines
 
 
@@ -162,9 +181,10 @@ def _sharding_line(sharding: Sharding | None, has_torchrec: bool, plan: Plan) ->
     assert sharding is not None
     if not sharding.found:
         return f"Table: {plan.config.embedding.sharding} by our arithmetic; torchrec's planner: {sharding.note}"
+    others = f", {len(sharding.features)} of features" if sharding.features else ""
     return (
-        f"Table: {sharding.sharding} over {sharding.shards} shards by torchrec's planner, with rows on their way "
-        f"{sharding.hbm_bytes / GIB:,.2f} GiB; by our arithmetic {sharding.ours_bytes / GIB:,.2f}"
+        f"Table: {sharding.sharding} over {sharding.shards} shards{others} by torchrec's planner, with rows on their "
+        f"way {sharding.hbm_bytes / GIB:,.2f} GiB; by our arithmetic {sharding.ours_bytes / GIB:,.2f}"
     )
 
 

@@ -104,10 +104,10 @@ def mends(config: PlanConfig) -> list[Mend]:
             options = {"dtype": "bfloat16", "optimizer": "rowwise_adagrad"}
             changes.append((_options(options), config.with_table(**options)))
     half = config.batch.tokens_per_gpu // 2
-    if half >= config.mean_len:
+    if half >= config.form.tokens_of(config.mean_len + config.form.targets):
         batch = dataclasses.replace(config.batch, tokens_per_gpu=half)
         changes.append((f"batch.tokens_per_gpu={half}", dataclasses.replace(config, batch=batch)))
-    if config.loss.name in ("sampled_softmax", "full_softmax"):
+    if config.ranking is None and config.loss.name in ("sampled_softmax", "full_softmax"):
         loss = dataclasses.replace(config.loss, name="shared_bank", num_negatives=4096)
         changes.append(("loss=shared_bank", dataclasses.replace(config, loss=loss)))
     found = [Mend(option, Plan.of(changed)) for option, changed in changes]

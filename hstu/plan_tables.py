@@ -6,6 +6,7 @@ Legend: N GPUs, D model width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hstu.plan_config import DTYPE_BYTES, FLOAT, PlanConfig
@@ -43,6 +44,21 @@ def lookups(config: PlanConfig, work: Workload) -> list[Lookup]:
     tables = config.all_features.tables
     features = [Lookup(table.name, table.of, config.of_feature(table), values[table.name]) for table in tables]
     return [Lookup("events", "events", config, work.events), *features]
+
+
+def busiest(tables: Sequence[tuple[PlanConfig, float]]) -> float:
+    """Of the GPU that has most to do with the tables, from each table's load on the GPUs that have a shard of it.
+
+    A table that lies on few GPUs is put where the others of that kind are not, as torchrec's planner does.
+    """
+    everywhere = few = most = 0.0
+    for config, load in tables:
+        shards, gpus = num_shards(config), config.cluster.gpus
+        if is_replicated(config) or shards >= gpus:
+            everywhere += load
+        else:
+            few, most = few + load * shards / gpus, max(most, load)
+    return everywhere + max(few, most)
 
 
 def whole_gradients(config: PlanConfig, work: Workload) -> float:
@@ -86,7 +102,7 @@ def shard_shape(config: PlanConfig) -> tuple[int, int]:
 def table_bytes(config: PlanConfig) -> tuple[float, float]:
     """Rows of the largest shard, and their optimizer's state."""
     rows, columns = shard_shape(config)
-    size = float(rows) * columns * (FLOAT if is_replicated(config) else DTYPE_BYTES[config.embedding.dtype])
+    size = float(rows) * columns * DTYPE_BYTES[config.embedding.dtype]
     return size, float(optimizer_bytes(config.embedding.optimizer, rows, columns))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from hstu.feature_tables import has_torchrec
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
 from hstu.plan_losses import scored_rows
 from hstu.plan_memory import Memory
-from hstu.plan_tables import column_parts, is_replicated, num_shards, row_width, table_bytes
+from hstu.plan_tables import column_parts, is_replicated, lookups, num_shards, row_width, table_bytes
 from hstu.plan_work import Workload
 from hstu.sharded_plan import TORCHREC_NAMES, quiet
 
 TABLE = "item_table"
+TABLE_PARTS = ("table", "table optimizer", "feature tables", "their optimizer")
+"""Of our memory, what the planner places."""
 KERNELS = {"hbm": "fused", "uvm_caching": "fused_uvm_caching", "uvm": "fused_uvm"}
 """torchrec's names of where rows lie."""
 
@@ -32,6 +34,7 @@ class Sharding:
         hbm_bytes: of the largest shard: rows, optimizer state, and ids and rows on their way.
         ours_bytes: the same by our arithmetic.
         note: why there is no plan, or None.
+        features: sharding of each table of features.
     """
 
     found: bool
@@ -40,6 +43,7 @@ class Sharding:
     hbm_bytes: float = 0.0
     ours_bytes: float = 0.0
     note: str | None = None
+    features: dict[str, str] = field(default_factory=dict)
 
 
 def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Sharding | None:
@@ -53,33 +57,57 @@ def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Shardin
 
     from hstu.sharded_grid import GridSharder
 
-    rest = memory.total - memory.of("table") - memory.of("table optimizer")
-    asked = [work.tokens, scored_rows(config, work)]
+    whole = [lookup.config for lookup in lookups(config, work) if is_replicated(lookup.config)]
+    rest = memory.total - sum(part.bytes for part in memory.parts if part.name in TABLE_PARTS)
+    rest += sum(sum(table_bytes(own)) for own in whole)
+    tables = _asked(config, work)
     free = memory.limit - rest
     if free <= 0:
         return Sharding(False, config.embedding.sharding, note=f"nothing is left for the table: {rest / GIB:.1f} GiB "
                         "are taken by the rest")  # fmt: skip
     with quiet():
-        module, planner = _planner(config, free, asked)
+        module, planner = _planner(config, free, tables)
         try:
             planner.plan(module, [GridSharder()])
         except PlannerError:
             return Sharding(False, config.embedding.sharding, note=f"no plan in {free / GIB:.1f} GiB a GPU")
-    option = planner._best_plan[0]  # torchrec shows it in no other way
-    fullest = max(option.shards, key=lambda shard: shard.storage.hbm)
     names = {TORCHREC_NAMES.get(name, name): name for name in SHARDINGS}
-    sharding = names[option.sharding_type]
-    chosen = config.with_table(sharding=sharding)
-    rows, state = table_bytes(chosen)
+    options = {option.name: option for option in planner._best_plan}  # torchrec shows it in no other way
+    shardings = {name: names[option.sharding_type] for name, option in options.items()}
+    hbm = ours = 0.0
+    for name, option in options.items():
+        fullest = max(option.shards, key=lambda shard: shard.storage.hbm)
+        hbm += float(fullest.storage.hbm)
+        ours += _our_bytes(tables[name][0].with_table(sharding=shardings[name]), tables[name][1], fullest.size[1])
+    item = shardings.pop(TABLE)
+    return Sharding(True, item, len(options[TABLE].shards), hbm, ours, features=shardings)
+
+
+def _asked(config: PlanConfig, work: Workload) -> dict[str, tuple[PlanConfig, list[float]]]:
+    """Of each table that is spread: the config with it as the item table, rows that a GPU asks for by feature."""
+    found = {}
+    for lookup in lookups(config, work):
+        if lookup.of == "events":
+            scored = [] if config.ranking is not None else [scored_rows(config, work)]
+            found[TABLE] = lookup.config, [lookup.rows, *scored]
+        elif not is_replicated(lookup.config):
+            found[lookup.name] = lookup.config, [lookup.rows]
+    return found
+
+
+def _our_bytes(config: PlanConfig, asked: list[float], columns: int) -> float:
+    """Bytes of the largest shard of the item table of ``config``: rows, state, ids and rows on their way."""
+    rows, state = table_bytes(config)
     cached = {"hbm": 1.0, "uvm": 0.0}.get(config.embedding.placement, config.embedding.cache_fraction)
-    moved = sum(asked) * (INT64 + FLOAT * fullest.size[1])
-    moved *= config.cluster.gpus * column_parts(chosen) / num_shards(chosen)  # a shard gets the ids of all GPUs
-    ours = (rows + state) * cached + moved
-    return Sharding(True, sharding, len(option.shards), float(fullest.storage.hbm), ours)
+    moved = sum(asked) * (INT64 + FLOAT * columns)
+    moved *= config.cluster.gpus * column_parts(config) / num_shards(config)  # a shard gets the ids of all GPUs
+    return (rows + state) * cached + moved
 
 
-def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch.nn.Module, Any]:
-    """The table on the meta device, and a planner of the cluster."""
+def _planner(
+    config: PlanConfig, free: float, tables: dict[str, tuple[PlanConfig, list[float]]]
+) -> tuple[torch.nn.Module, Any]:  # fmt: skip
+    """The tables on the meta device, and a planner of the cluster."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
@@ -87,14 +115,23 @@ def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
     types = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
-    table, cluster, sheet = config.embedding, config.cluster, config.cluster.sheet
-    names = ["events", "scored"]
-    described = EmbeddingConfig(
-        name=TABLE, num_embeddings=table.rows + 1, embedding_dim=row_width(config), feature_names=names,
-        data_type=types[table.dtype],
-    )  # fmt: skip
-    module = EmbeddingCollection(tables=[described], device=torch.device("meta"))
-    apply_optimizer_in_backward(_optimizer(table.optimizer), module.parameters(), {"lr": 0.1})
+    cluster, sheet = config.cluster, config.cluster.sheet
+    described, constraints = [], {}
+    for name, (own, asked) in tables.items():
+        table = own.embedding
+        described.append(EmbeddingConfig(
+            name=name, num_embeddings=table.rows + 1, embedding_dim=row_width(own), data_type=types[table.dtype],
+            feature_names=[f"{name}_{index}" for index in range(len(asked))],
+        ))  # fmt: skip
+        wanted = PLANNED if table.sharding == "auto" else (table.sharding,)
+        in_columns = table.sharding in ("column_wise", "grid")
+        constraints[name] = ParameterConstraints(
+            sharding_types=[TORCHREC_NAMES.get(name, name) for name in wanted], output_dtype=DataType.FP32,
+            compute_kernels=[KERNELS[table.placement]], pooling_factors=asked,
+            min_partition=row_width(own) // column_parts(own) if in_columns else None,
+        )  # fmt: skip
+    module = EmbeddingCollection(tables=described, device=torch.device("meta"))
+    apply_optimizer_in_backward(_optimizer(config.embedding.optimizer), module.parameters(), {"lr": 0.1})
     per_ms = 1e9 / 1e3
     node = cluster.node_size
     topology = Topology(
@@ -103,14 +140,8 @@ def _planner(config: PlanConfig, free: float, asked: list[float]) -> tuple[torch
         intra_host_bw=sheet.nvlink_gbps * per_ms, inter_host_bw=sheet.network_gbps * per_ms,
         hbm_to_ddr_mem_bw=sheet.pcie_gbps * per_ms,
     )  # fmt: skip
-    wanted = PLANNED if table.sharding == "auto" else (table.sharding,)
-    constraint = ParameterConstraints(
-        sharding_types=[TORCHREC_NAMES.get(name, name) for name in wanted], output_dtype=DataType.FP32,
-        compute_kernels=[KERNELS[table.placement]], pooling_factors=asked,
-        min_partition=row_width(config) // column_parts(config) if table.sharding in ("column_wise", "grid") else None,
-    )  # fmt: skip
     planner = EmbeddingShardingPlanner(
-        topology=topology, batch_size=1, constraints={TABLE: constraint}, debug=False, stats=[],
+        topology=topology, batch_size=1, constraints=constraints, debug=False, stats=[],
         storage_reservation=FixedPercentageStorageReservation(0.0),
     )  # fmt: skip
     return module, planner

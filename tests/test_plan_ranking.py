@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +20,14 @@ from hstu.config_ranking import ActionConfig, FeatureConfig, HeadConfig, Ranking
 from hstu.data.ranking import num_bits
 from hstu.data.ranking_batches import Features, RankingBatch, make_features
 from hstu.distributed import World
+from hstu.errors import UserError
 from hstu.model.ranking import RankingModel
-from hstu.plan_config import BatchPlanConfig, ClusterConfig, FeaturePlanConfig, PlanConfig, TablePlanConfig
+from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, TokenForm, from_options
+from hstu.plan_cost import transfers
+from hstu.plan_features import FeaturePlanConfig, plan_features
 from hstu.plan_memory import dense_parameters, plan_memory, saved_bytes
-from hstu.plan_work import Workload
+from hstu.plan_tables import busiest
+from hstu.plan_work import Workload, visible_pairs
 from tests.test_plan_memory import allocated_peak
 
 ITEMS = 3000
@@ -198,3 +203,122 @@ def test_peak_of_a_ranking_step(case: str) -> None:
     memory = plan_memory(config, work_of(config, lengths))
     kept = sum(p.bytes for p in memory.parts if p.name.startswith("kept")) - memory.of("kept: batch and plan")
     assert kept + memory.of("workspace") + memory.of("gradients") == pytest.approx(allocated_peak(step), rel=0.1)
+
+
+# Tokens and features
+
+
+@pytest.mark.parametrize(("window", "full_rows"), [(0, 0), (4, 0), (4, 2), (50, 0)])
+@pytest.mark.parametrize("targets", [0, 1, 3])
+def test_pairs_of_the_fused_form_are_those_of_the_mask(targets: int, window: int, full_rows: int) -> None:
+    """Prefixes of two tokens, histories of 1 to 9 events."""
+    from kernels.attention import Mask
+    from kernels.attention.reference import visible
+
+    model, form = HSTUConfig(window=window, full_rows=full_rows), TokenForm(2, 1, targets, True)
+    for history in (1, 2, 5, 9):
+        n = 2 + history + targets
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        mask = Mask(window=window, full_rows=full_rows, contextual=2)
+        seen = visible(i, j, torch.tensor(n), torch.tensor(n - targets), mask)
+        assert visible_pairs(np.array([float(n)]), model, form, np.array([float(targets)]))[0] == int(seen.sum())
+
+
+def test_tokens_of_a_planned_batch_by_hand() -> None:
+    """All users have 10 events: 2 prefix tokens and 20 of items and actions, or 10 and 4 targets."""
+    model, batch = replace(HSTU, max_len=10), BatchPlanConfig(tokens_per_gpu=2200, mean_len=10)
+    for form, tokens, predicted in (("interleaved", 22, 10), ("fused", 16, 4)):
+        ranking = RankingConfig(form=form, targets=4, tasks=TASKS, **FEATURES)
+        work = Workload.planned(PlanConfig(TablePlanConfig(rows=9), ClusterConfig(), batch, model, ranking=ranking))
+        assert (work.tokens, work.longest, work.users) == (2200, tokens, pytest.approx(2200 / tokens))
+        assert (work.squares, work.predicted) == (pytest.approx(2200 * tokens), pytest.approx(work.users * predicted))
+
+
+def test_rows_of_features() -> None:
+    """Given, known, assumed; one row is that of a missing value."""
+    ranking = RankingConfig(tasks=TASKS, **FEATURES)
+    found = {t.name: (t.of, t.rows, t.values, t.assumed) for t in plan_features(ranking, {"tag": GIVEN["tag"]}).tables}
+    assert found == {
+        "author": ("item", 1001, 1.0, True), "tag": ("item", 51, 2.5, False),
+        "hour_of_day": ("item", 25, 1.0, False), "country": ("user", 1001, 1.0, True),
+    }  # fmt: skip
+    assert plan_features(replace(ranking, use_features=False), GIVEN).tables == ()
+
+
+def test_a_feature_beside_those_of_ranking() -> None:
+    ranking = RankingConfig(tasks=TASKS)
+    given = {"shop": FeaturePlanConfig(rows=10**6), "city": FeaturePlanConfig(rows=99, of="user")}
+    features = plan_features(ranking, given)
+    assert [(t.name, t.of, t.rows) for t in features.tables] == [("shop", "item", 10**6 + 1), ("city", "user", 100)]
+    assert features.num_prefix == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": {"shop": 10}}, "features=['shop']: expected none without a ranking model, as in"),
+        ({"features": {"authr": 10}}, "features.authr: ranking has no such feature; did you mean author?"),
+        ({"features": {"price": 10}}, "features.price: ranking has it as a number, which has no table"),
+        ({"features": {"author": {"rows": 10, "of": "user"}}}, "features.author.of=user: ranking has it as a feature"),
+        ({"features": {"author": 0}}, "features.*.rows=0: expected >= 1"),
+        ({"features": {"author": {"row": 1}}}, "unknown config key features.author.row: expected one of of, rows"),
+        ({"form": "fused", "model": {"name": "sasrec"}}, "ranking.form=fused with model=sasrec: only hstu"),
+        ({"batch": {"tokens_per_gpu": 100, "mean_len": 60}}, "at least one user's tokens, 122 with batch.mean_len=60"),
+    ],
+)  # fmt: skip
+def test_wrong_options_of_ranking_are_named(options: dict[str, Any], message: str) -> None:
+    form = options.pop("form", "interleaved")
+    ranking = {**asdict(RankingConfig(tasks=TASKS, **FEATURES)), "form": form}
+    given = {"embedding": {"rows": 10}, "ranking": None if "shop" in options.get("features", {}) else ranking}
+    with pytest.raises(UserError, match=re.escape(message)):
+        from_options({**given, **options})
+
+
+def test_tables_that_are_whole_on_every_gpu() -> None:
+    """In float32 with a gradient as large, whatever the others are; the item table is spread over four."""
+    ranking = RankingConfig(tasks=TASKS, **FEATURES)
+    config = planned(HSTU, ranking, ranks=4, kind="sharded", sharding="row_wise", dtype="float16")
+    whole = config.with_shardings("row_wise", {"author": "data_parallel"})
+    work = work_of(config, LENGTHS)
+    spread, kept = plan_memory(config, work), plan_memory(whole, work)
+    assert kept.of("gradients") - spread.of("gradients") == 501 * 64 * 4
+    assert kept.of("feature tables") - spread.of("feature tables") == 501 * 64 * 4 - 126 * 64 * 2
+    sent = [{t.name: t.sent for t in transfers(c, work)} for c in (config, whole)]
+    assert sent[1]["rows of features"] == sent[0]["rows of features"] - work.events * 64 * 4 * 3 / 4
+    assert sent[1]["rows of events"] == sent[0]["rows of events"]
+
+
+def test_tables_on_one_gpu_each_are_not_on_the_same() -> None:
+    """Loads 5 and 3 on one of four GPUs each: the busiest has 5; with four of 3 beside it, 5 and 4 x 3 / 4 are even."""
+    config = planned(HSTU, RankingConfig(tasks=TASKS), ranks=4, kind="sharded", sharding="table_wise")
+    assert busiest([(config, 5.0), (config, 3.0)]) == 5.0
+    assert busiest([(config, 5.0), *[(config, 8.0)] * 4]) == (5 + 32) / 4
+    rows = config.with_table(sharding="row_wise")
+    assert busiest([(config, 5.0), (rows, 2.0)]) == 7.0
+
+
+def test_planner_places_features_too() -> None:
+    pytest.importorskip("torchrec")
+    from hstu.plan import resolve_sharding
+
+    table = TablePlanConfig(rows=10**7, optimizer="rowwise_adagrad")
+    ranking = RankingConfig(tasks=TASKS, **FEATURES)
+    given = {**GIVEN, "author": FeaturePlanConfig(rows=10**7)}
+    config = PlanConfig(table, ClusterConfig(gpus=8), BatchPlanConfig(), HSTU, ranking=ranking, features=given)
+    chosen, found = resolve_sharding(config)
+    assert found is not None and found.found
+    assert set(found.features) == {"author", "tag", "hour_of_day", "country"}
+    assert chosen.features["author"].sharding == found.features["author"]
+    assert found.ours_bytes == pytest.approx(found.hbm_bytes, rel=1e-3)
+
+
+def test_screen_of_a_ranking_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    from hstu import plan
+
+    config = planned(HSTU, RankingConfig(tasks=TASKS, actions=ACTIONS, **FEATURES))
+    config = replace(config, batch=BatchPlanConfig(), features={"tag": GIVEN["tag"]})
+    assert plan.run(config) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "interleaved, tasks click, like:" in printed
+    assert "4 feature tables with 2,078 rows, 2 prefix tokens" in printed
+    assert "1,000 rows each: author, country; say features='{author: ...}'" in printed
