@@ -24,7 +24,7 @@ from hstu.errors import UserError, one_of
 
 FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "keep_last", "threads",
                   "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background",
-                  "ranks", "dense", "max_restarts", "timeout_s"}  # fmt: skip
+                  "ranks", "dense", "max_restarts", "timeout_s", "stop_patience_s"}  # fmt: skip
 """Fields of ``run`` that may differ between a run and its continuation."""
 FREE_EMBEDDING = {"kind", "sharding", "tables", "hbm_gib", "ddr_gib"}
 """Fields of ``embedding`` that may: where the rows lie, not how they learn."""

@@ -1,7 +1,8 @@
 """Optimizers of embedding tables: the rows with a gradient move, the others keep their values and their state.
 
 The rules are those of fbgemm's fused kernels (fbgemm_gpu/codegen/genscript/optimizers.py), so that a local table learns
-as a sharded one does. A row whose whole gradient is exactly zero counts as untouched.
+as a sharded one does. A row whose whole gradient is exactly zero counts as untouched; fbgemm's Adams move it by what
+momentum it has (docs/architecture.md, "Sharded tables").
 
 Legend: n rows of a table, D their width, t touched rows.
 """
