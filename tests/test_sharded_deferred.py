@@ -92,9 +92,10 @@ def test_same_loss_curve_as_local_tables(case, stores, tmp_path):
     compare(tmp_path, stores["retrieval"], "retrieval", [(1, "auto"), (2, "row_wise")], **DEFERRED[case])
 
 
-def test_clipped_columns_and_tables_on_one_rank(stores, tmp_path):
-    runs = [(2, "column_wise"), (2, "table_wise")]
-    compare(tmp_path, stores["retrieval"], "retrieval", runs, **DEFERRED["clip"])
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_clipped_columns_and_tables_on_one_rank(dense, stores, tmp_path):
+    runs = [(2, "column_wise"), (2, "table_wise")] if dense == "ddp" else [(2, "row_wise")]
+    compare(tmp_path, stores["retrieval"], "retrieval", runs, **DEFERRED["clip"], run_dense=dense)
 
 
 @pytest.mark.parametrize("tables", [{}, {"item.parity": "data_parallel"}], ids=["sharded", "one-whole"])
@@ -138,12 +139,17 @@ def test_a_run_stopped_in_the_middle_goes_on_bit_for_bit(stores, tmp_path):
 
 
 def test_a_run_goes_on_with_tables_laid_otherwise(stores, tmp_path):
-    """Local, by rows on two ranks, on one, by columns on two, local: losses, averages and validation of a local run."""
-    assert run_ranks(1, run_steps, whole_run(tmp_path, "whole", ADAM), stores["retrieval"]) == [""]
+    """Local, by rows on two ranks, on one, by columns on two, local: losses, averages and validation of a local run.
+
+    Rows of 6 columns are stored as 8, and cut into parts of 4 and 2.
+    """
+    model = HSTUConfig(dim=6, num_blocks=1, qk_dim=8, v_dim=8, max_len=20, dropout=0.1)
+    whole = whole_run(tmp_path, "whole", ADAM, model=model)
+    assert run_ranks(1, run_steps, whole, stores["retrieval"]) == [""]
     parts = [(1, ADAM, 1), (2, sharded(ADAM, "row_wise"), 3), (1, sharded(ADAM, "auto"), 4),
              (2, sharded(ADAM, "column_wise"), 6), (1, ADAM, None)]  # fmt: skip
     for number, embedding, end in parts:
-        config = whole_run(tmp_path, "parts", embedding, run_save_every_steps=1)
+        config = whole_run(tmp_path, "parts", embedding, run_save_every_steps=1, model=model)
         ended = "" if end is None else "Stop: "
         assert run_ranks(number, run_steps, config, stores["retrieval"], end) == [ended] * number
     expected, found = (logged(tmp_path / name) for name in ("whole", "parts"))
@@ -176,6 +182,23 @@ def test_the_average_of_sharded_tables_is_validated_and_kept_as_that_of_local_on
     for name, value in averages.items():
         assert (value - others[name]).abs().max() <= 2e-4 * value.abs().max(), name
         assert torch.equal(best[name], others[name]) and not torch.equal(best[name], weights[name]), name
+
+
+def test_narrow_rows_wait_and_are_averaged_in_float32(stores, tmp_path):
+    for name, embedding in (
+        ("local", ADAM),
+        ("narrow", dataclasses.replace(sharded(ADAM, "row_wise"), dtype="float16")),
+    ):
+        config = whole_run(tmp_path, name, embedding)
+        number = 1 if name == "local" else 2
+        assert run_ranks(number, run_steps, config, stores["retrieval"]) == [""] * number
+    wide, found = (logged(tmp_path / name) for name in ("local", "narrow"))
+    assert [line["loss"] for line in found[:-1]] == pytest.approx([line["loss"] for line in wide[:-1]], rel=2e-3)
+    state = final_state(tmp_path / "narrow")
+    dtypes = [state.sizes[f"{part}.table.weight"][1] for part in ("model", "average")]
+    assert dtypes == [torch.float16, torch.float32]
+    best = checkpoint.load(tmp_path / "narrow" / "checkpoints" / checkpoint.BEST).tensors("model.table.")["weight"]
+    assert torch.equal(best, state.tensors("average.table.")["weight"].half())
 
 
 class NarrowTable(torch.optim.Optimizer):
