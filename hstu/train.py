@@ -438,12 +438,12 @@ class Trainer:
 
     def _validate(self, epoch: dict[str, float]) -> None:
         """Evaluates the weights, or their average where the config asks for one; keeps them if they are the best."""
+        self.world.at(self.progress.global_step, "validation")
         with contextlib.nullcontext() if self.average is None else self.average.applied():
             self._validate_weights(epoch)
 
     def _validate_weights(self, epoch: dict[str, float]) -> None:
         progress, started = self.progress, time.perf_counter()
-        self.world.at(progress.global_step, "validation")
         values = self.problem.validate()
         name = self.config.run.select_metric
         improved = self.sign * values[name] > self.sign * progress.best
