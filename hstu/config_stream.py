@@ -12,7 +12,9 @@ class StreamConfig:
     """Training day by day (``hstu-stream``)."""
 
     day_s: int = 86_400
-    """Length of a day in seconds; days begin at multiples of it since 1970 (UTC)."""
+    """Length of a day in seconds; days begin at multiples of it since 1970."""
+    utc_offset_hours: float = 0.0
+    """Of the clock that days go by, hours ahead of UTC (8: Beijing). watch: dates in paths are of that clock."""
     days: int | None = None
     """Stop after so many days; None: after the last one."""
     eval_users: int | None = None
@@ -37,6 +39,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         check(self.day_s >= 1, "stream.day_s", self.day_s, ">= 1")
+        check(-24 < self.utc_offset_hours < 24, "stream.utc_offset_hours", self.utc_offset_hours, "in (-24, 24)")
         check(self.days is None or self.days >= 1, "stream.days", self.days, ">= 1 or null")
         eval_users = self.eval_users
         check(eval_users is None or eval_users >= 0, "stream.eval_users", eval_users, ">= 0 or null")
@@ -49,12 +52,17 @@ class StreamConfig:
         check(self.watch is None or self.day_s == 86_400, "stream.day_s", self.day_s,
               "86400 with stream.watch, whose files carry dates")  # fmt: skip
 
+    @property
+    def utc_offset_s(self) -> int:
+        return round(self.utc_offset_hours * HOUR_S)
+
     def settled(self, ranking: bool) -> StreamConfig:
         """With the number of users that ``eval_users=None`` stands for."""
         usual = ALL_USERS if ranking else RETRIEVAL_EVAL_USERS
         return replace(self, eval_users=usual if self.eval_users is None else self.eval_users)
 
 
+HOUR_S = 3600
 ALL_USERS, RETRIEVAL_EVAL_USERS = 0, 10_000
 FREE_ON_RESUME = ("days", "settle_s", "timeout_s")
 """Fields that may differ between a run and its continuation."""

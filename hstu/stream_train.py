@@ -220,18 +220,21 @@ def _check_watched_ranking(config: Config, ranking: RankingConfig) -> None:
 
 def _make_days(config: Config, stream: StreamConfig, folder: Path, display: Display, world: World) -> Days:
     if stream.watch is None:
-        return StoreDays(open_store(config, world), stream.day_s)
+        return StoreDays(open_store(config, world), stream.day_s, stream.utc_offset_s)
     from hstu.data.watch import StreamSource, WatchedDays
 
     source = StreamSource(Path(stream.watch).expanduser(), stream.settle_s, stream.timeout_s, world, display.say)
-    return WatchedDays(source, config.data, folder / "days", config.model.max_len, stream.item_rows, config.ranking)
+    return WatchedDays(
+        source, config.data, folder / "days", config.model.max_len, stream.item_rows, config.ranking,
+        stream.utc_offset_s,
+    )  # fmt: skip
 
 
 def _keep_settings(folder: Path, stream: StreamConfig) -> None:
     """Writes ``stream.json``, or raises UserError where the run being resumed had other settings."""
     path, values = folder / "stream.json", dataclasses.asdict(stream)
-    if path.exists():
-        old = report.read_json(path, "delete the run folder")
+    if path.exists():  # written before an option was there: it was as by default
+        old = dataclasses.asdict(StreamConfig()) | report.read_json(path, "delete the run folder")
         for name, value in values.items():
             if name not in FREE_ON_RESUME and old.get(name) != value:
                 raise UserError(

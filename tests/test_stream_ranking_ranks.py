@@ -65,9 +65,13 @@ def test_stopped_on_one_of_two_ranks_it_ends_bit_identical(log: tuple[Config, Pa
 
 
 def test_two_ranks_watch_a_folder_as_one(log: tuple[Config, Path], tmp_path: Path) -> None:
+    """With managed rows, on two ranks in parts."""
+    pytest.importorskip("torchrec")
     _, root = log
-    config = watch_config(tmp_path)
+    config, rows = watch_config(tmp_path), {"ids": "managed", "rows": 8, "optimizer": "rowwise_adagrad"}
     stream = StreamConfig(watch=str(root / "in"), item_rows=200, settle_s=0, timeout_s=0)
-    assert ended(1, narrow(config, tmp_path / "one"), stream) == {""}
-    assert ended(2, narrow(config, tmp_path / "two"), stream) == {""}
+    assert ended(1, narrow(config, tmp_path / "one", **rows), stream) == {""}
+    parts = narrow(config, tmp_path / "two", kind="sharded", sharding="row_wise", **rows)
+    assert ended(2, parts, stream) == {""}
+    assert [day.get("oov_labels", 0) > 0 for day in days_of(tmp_path / "two")] == [False, True, True]
     assert_same_stream(tmp_path / "one", tmp_path / "two")

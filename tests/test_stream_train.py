@@ -109,6 +109,10 @@ def test_more_days_continue_a_finished_stream(finished: tuple[Config, Path], tmp
     stream_train(other, dataclasses.replace(stream, days=2))
     assert len(json.loads((tmp_path / "part/days.json").read_text())["days"]) == 2
     assert_same_run(folder, stream_train(other, stream))
+    settled = json.loads((tmp_path / "part/stream.json").read_text())
+    del settled["utc_offset_hours"]  # as of a run from before the option
+    (tmp_path / "part/stream.json").write_text(json.dumps(settled))
+    stream_train(other, stream)
     with pytest.raises(UserError, match="holds a run with stream.lr_decay=0.5, now 0.6: take another run.dir"):
         stream_train(other, dataclasses.replace(stream, lr_decay=0.6))
 

@@ -101,11 +101,11 @@ class Days(Protocol):
 class StoreDays:
     """The days of a finished store, those without events left out."""
 
-    def __init__(self, store: SequenceStore, day_s: int) -> None:
-        """day_s: length of a day in s; days begin at multiples of it since 1970."""
-        self.store, self.day_s = store, day_s
-        times = store.timestamps
-        parts = [np.unique(times[s : s + _CHUNK_ROWS] // day_s) for s in range(0, store.num_events, _CHUNK_ROWS)]
+    def __init__(self, store: SequenceStore, day_s: int, utc_offset_s: int = 0) -> None:
+        """day_s: length of a day in s. Days begin at its multiples since 1970, by a clock utc_offset_s s ahead of UTC."""
+        self.store, self.day_s, self.utc_offset_s = store, day_s, utc_offset_s
+        chunks = (store.timestamps[s : s + _CHUNK_ROWS] for s in range(0, store.num_events, _CHUNK_ROWS))
+        parts = [np.unique((times + utc_offset_s) // day_s) for times in chunks]
         self.numbers: np.ndarray = np.unique(np.concatenate(parts))
         self._at: tuple[int, np.ndarray] | None = None  # a time, and each user's first row at or after it
 
@@ -115,10 +115,11 @@ class StoreDays:
     def open(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Day | None:
         if index >= len(self.numbers):
             return None
-        start = int(self.numbers[index]) * self.day_s
+        begin = int(self.numbers[index]) * self.day_s
+        start = begin - self.utc_offset_s
         first = self._rows_from(start)
         end = self._rows_from(start + self.day_s)
-        return Day(day_label(start, self.day_s), self.store, first, end)
+        return Day(day_label(begin, self.day_s), self.store, first, end)
 
     def _rows_from(self, time: int) -> np.ndarray:
         low = np.asarray(self.store.offsets[:-1])
@@ -129,6 +130,7 @@ class StoreDays:
 
 
 def day_label(start: int, day_s: int) -> str:
+    """start: s since 1970 by the clock that days go by."""
     moment = datetime.fromtimestamp(start, UTC)
     return moment.date().isoformat() if day_s % 86_400 == 0 else moment.strftime("%Y-%m-%dT%H:%M:%S")
 

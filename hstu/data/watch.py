@@ -141,10 +141,10 @@ class WatchedDays:
 
     def __init__(
         self, source: StreamSource, config: DataConfig, folder: Path, max_len: int, item_rows: int,
-        ranking: RankingConfig | None = None,
+        ranking: RankingConfig | None = None, utc_offset_s: int = 0,
     ) -> None:  # fmt: skip
         self.source, self.config, self.folder = source, config, folder
-        self.max_len, self.item_rows = max_len, item_rows
+        self.max_len, self.item_rows, self.utc_offset_s = max_len, item_rows, utc_offset_s
         self.columns, self.hashed = event_columns(ranking)
         self.world = source.world
         self.labels: list[str] = self.world.on_first(self._begin)
@@ -193,7 +193,7 @@ class WatchedDays:
     def _build(self, label: str, files: list[Path]) -> None:
         before = SequenceStore.open(self.folder / self.labels[-1]) if self.labels else None
         events, rejects = self._read(label, files)
-        start = int(datetime.fromisoformat(label).replace(tzinfo=UTC).timestamp())
+        start = int(datetime.fromisoformat(label).replace(tzinfo=UTC).timestamp()) - self.utc_offset_s
         inside = (events["time"] >= start) & (events["time"] < start + DAY_S)
         outside = int((~inside).sum())
         events = {name: column[inside] for name, column in events.items()}

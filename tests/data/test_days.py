@@ -51,6 +51,15 @@ def test_days_without_events_are_left_out(store: SequenceStore) -> None:
     assert again is not None and rows_of(again) == [[1, 2], [5], [7], []], "days can be opened in any order"
 
 
+def test_days_of_another_clock(store: SequenceStore) -> None:
+    """25 s behind: days begin at -75, 25, 125, 425 and 525."""
+    days = StoreDays(store, DAY, -25)
+    found = [day for i in range(len(days)) if (day := days.open(i))]
+    expected = [[[0], [3], [], []], [[1], [4, 5], [], []], [[2], [], [7], []], [[], [6], [], [8]], [[], [], [], [9]]]
+    assert [rows_of(day) for day in found] == expected
+    assert [day.label[-8:] for day in found] == ["23:58:20", "00:00:00", "00:01:40", "00:06:40", "00:08:20"]
+
+
 def test_targets_are_the_first_events_with_a_history(store: SequenceStore) -> None:
     days = StoreDays(store, DAY)
     expected = {0: [], 1: [(0, 1), (1, 5)], 2: [(1, 6)]}

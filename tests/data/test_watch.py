@@ -169,6 +169,15 @@ def test_a_day_adds_to_the_histories_before_it(tmp_path: Path) -> None:
     assert days.open(3) is None
 
 
+def test_dates_of_another_clock(tmp_path: Path) -> None:
+    """Midnight of a clock 8 hours ahead is 16 h of the day before in UTC."""
+    late = 86_400 - 8 * 3600
+    write_day(tmp_path / "in", "2026-03-01", [("ann", "a", -8 * 3600), ("ann", "b", late - 1), ("ann", "c", late)])
+    config = DataConfig(name="log", source="log", root=str(tmp_path / "root"))
+    days = WatchedDays(source(tmp_path / "in", Clock()), config, tmp_path / "days", 2, 1000, utc_offset_s=8 * 3600)
+    assert days.store.item_ids.tolist() == [item_id("a"), item_id("b")] and days.store.meta["events_outside"] == 1
+
+
 def test_days_that_were_built_are_not_built_again(tmp_path: Path) -> None:
     for number in (1, 2, 3, 4, 5):
         write_day(tmp_path / "in", f"2026-03-0{number}", [("ann", f"{number}", 5)])
