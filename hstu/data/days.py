@@ -102,7 +102,7 @@ class StoreDays:
     """The days of a finished store, those without events left out."""
 
     def __init__(self, store: SequenceStore, day_s: int, utc_offset_s: int = 0) -> None:
-        """day_s: length of a day in s. Days begin at its multiples since 1970, by a clock utc_offset_s s ahead of UTC."""
+        """day_s: length of a day in s; days begin at its multiples since 1970. utc_offset_s: of their clock, s."""
         self.store, self.day_s, self.utc_offset_s = store, day_s, utc_offset_s
         chunks = (store.timestamps[s : s + _CHUNK_ROWS] for s in range(0, store.num_events, _CHUNK_ROWS))
         parts = [np.unique((times + utc_offset_s) // day_s) for times in chunks]
