@@ -2,7 +2,7 @@
 
     model = RetrievalModel(...)              # its tables are empty, on torch's meta device
     tables = shard(model, config, world)     # now each rank has its part, with initial values
-    set_learning_rate(tables, rate); tables.zero_grad(); loss.backward()   # and the rows have moved
+    set_learning_rate(tables, rate); tables.zero_grad(); loss.backward(); tables.step()   # and the rows have moved
 
 One lookup a step fetches all rows that the step needs, so that the optimizer sees one gradient a row.
 
