@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hstu.config import LossConfig, build
+from hstu.config import LossConfig, OptimConfig, build
 from hstu.config_embedding import EmbeddingConfig
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig
 from hstu.config_ranking import RankingConfig
@@ -71,7 +71,7 @@ class TablePlanConfig:
     """The table of items."""
 
     rows: int = 0
-    """Items, without the padding row; ``1e9`` is understood."""
+    """Items, without the padding row; ``1e9`` is understood. With ids=hash or managed the rows that they share."""
     dim: int | None = None
     """Width of a row: another name for ``model.dim``. null: that."""
     kind: str = "sharded"
@@ -85,6 +85,12 @@ class TablePlanConfig:
     """Of the stored rows: float32, float16 or bfloat16."""
     comm_dtype: str = "float32"
     """Of the rows and gradients on their way between GPUs: float32, float16 or bfloat16."""
+    ids: str = "exact"
+    """exact (a row for each item), hash (items share ``rows``) or managed (``rows`` go to the items in use)."""
+    policy: str = "lru"
+    """managed: as embedding.policy of a run, lru, lfu or distance_lfu."""
+    evict_every: int = 1
+    """managed: steps between updates of the map."""
     placement: str = "hbm"
     """hbm; uvm_caching: rows in host memory, a cache of them in HBM; uvm: rows in host memory."""
     cache_fraction: float = 0.2
@@ -95,8 +101,9 @@ class TablePlanConfig:
     def __post_init__(self) -> None:
         check(self.rows >= 1, "embedding.rows", self.rows, ">= 1, as in embedding.rows=1e9")
         check(self.dim is None or self.dim >= 1, "embedding.dim", self.dim, ">= 1 or null")
-        shared = ("kind", "optimizer", "sharding", "dtype", "comm_dtype")
-        EmbeddingConfig(**{name: getattr(self, name) for name in shared})  # a run's own checks
+        shared = ("kind", "optimizer", "sharding", "dtype", "comm_dtype", "ids", "policy", "evict_every")
+        rows = None if self.ids == "exact" else self.rows
+        EmbeddingConfig(rows=rows, **{name: getattr(self, name) for name in shared})  # a run's own checks
         one_of("embedding.placement", self.placement, PLACEMENTS)
         check(self.kind == "sharded" or self.placement == "hbm", "embedding.placement", self.placement,
               "hbm with embedding.kind=local")  # fmt: skip
@@ -193,6 +200,21 @@ class BatchPlanConfig:
         check(self.mean_len is None or self.mean_len >= 1, "batch.mean_len", self.mean_len, ">= 1 or null")
 
 
+@dataclass
+class UpdatePlanConfig:
+    """What a step does with the gradients; names and meaning as in a run."""
+
+    clip_norm: float | None = None
+    """With sharded tables rows wait for the norm of all gradients, which are kept till then."""
+    accumulate_steps: int = 1
+    """Batches of ``batch.tokens_per_gpu`` in a step."""
+    average_decay: float | None = None
+    """A moving average of all weights, tables included, in float32."""
+
+    def __post_init__(self) -> None:
+        OptimConfig(**dataclasses.asdict(self))  # a run's own checks
+
+
 @dataclass(frozen=True)
 class TokenForm:
     """How events become tokens.
@@ -229,6 +251,7 @@ class PlanConfig:
     """As run.precision: bfloat16 (autocast) or float32."""
     out: str | None = None
     """JSON file to write."""
+    optim: UpdatePlanConfig = field(default_factory=UpdatePlanConfig)
     ranking: RankingConfig | None = None
     """Tasks, actions and features of a ranking model, which has no ``loss`` over items; None: retrieval."""
     features: dict[str, FeaturePlanConfig] = field(default_factory=dict)
@@ -301,7 +324,7 @@ class PlanConfig:
 
     def of_feature(self, table: FeatureTable) -> PlanConfig:
         """The same with the table of a feature in place of that of items."""
-        own: dict[str, Any] = {} if table.sharding is None else {"sharding": table.sharding}
+        own: dict[str, Any] = {"ids": "exact"} if table.sharding is None else {"sharding": table.sharding}
         if table.sharding == "data_parallel":
             own |= {"dtype": "float32", "comm_dtype": "float32", "placement": "hbm"}
         return self.with_table(rows=max(1, table.rows - 1), **own)
@@ -347,6 +370,7 @@ def from_options(options: Mapping[str, Any], given: tuple[str, ...] = ()) -> Pla
         batch=build(BatchPlanConfig, batch, "batch."),
         model=build(MODELS[name], model, "model."),
         loss=build(LossConfig, dict(values.get("loss") or {}), "loss."),
+        optim=build(UpdatePlanConfig, dict(values.get("optim") or {}), "optim."),
         ranking=build(RankingConfig, ranking, "ranking.") if ranking else None,
         features=features_from_options(dict(values.get("features") or {})),
         precision=str(values.get("precision", "bfloat16")),

@@ -31,6 +31,7 @@ from hstu.plan_tables import (
     row_width,
     whole_gradients,
 )
+from hstu.plan_updates import average_bytes, labels_of, map_moved_bytes
 from hstu.plan_work import Workload
 
 BACKWARD_ATTENTION = 2.5
@@ -41,6 +42,8 @@ SOFTMAX_PASSES = 12.0
 """Softmax attention written out in steps moves each weight so often, forward and backward."""
 ADAMW_FLOATS = 7.0
 """AdamW reads weight, gradient and two moments of a number and writes all but the gradient."""
+AVERAGE_PASSES = 3.0
+"""The average is read and written, the weights are read."""
 TABLE_PASSES = {"torch": 12.0, "triton": 5.0, "ranking": 2.0}
 """A local table is gone through so often beside AdamW: its gradients from the events and from the loss are made and
 added; on the torch path it is normalised as a whole, forward and backward. Ranking only makes that from the events."""
@@ -59,6 +62,10 @@ class Transfer:
     """Of them, those that leave the node through the GPU's share of its network cards."""
     seconds: float
     calls: int = 1
+
+    def times(self, count: int) -> Transfer:
+        """So often."""
+        return Transfer(self.name, count * self.sent, count * self.outside, count * self.seconds, count * self.calls)
 
 
 class Network:
@@ -93,7 +100,7 @@ class Network:
 
 
 def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
-    """What a step sends, by part; empty on one GPU."""
+    """What a batch sends, by part; empty on one GPU."""
     if config.cluster.gpus == 1:
         return []
     network, spread = Network(config), [x for x in lookups(config, work) if not is_replicated(x.config)]
@@ -101,8 +108,19 @@ def transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
     if config.ranking is None and not is_replicated(config):
         parts += loss_transfers(config, work)
     parts += _lookup(network, "features", [x for x in spread if x.of != "events"])
+    return parts
+
+
+def update_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
+    """What is sent once a step, after or before its batches."""
+    if config.cluster.gpus == 1:
+        return []
+    network = Network(config)
     dense = FLOAT * float(dense_parameters(config)) + whole_gradients(config, work)
-    return [*parts, network.all_gather("gradients of dense weights", dense, 1, passes=2)]
+    parts = [network.all_gather("gradients of dense weights", dense, 1, passes=2)]
+    if config.embedding.ids == "managed":
+        parts.append(network.all_gather("ids for the map", labels_of(config, work) * INT64, 2))
+    return parts
 
 
 def _lookup(network: Network, what: str, tables: Sequence[Lookup]) -> list[Transfer]:
@@ -170,9 +188,13 @@ class TimePart:
     flops: float = 0.0
     bytes: float = 0.0
 
+    def times(self, count: int) -> TimePart:
+        """So often."""
+        return TimePart(self.name, count * self.seconds, self.resource, count * self.flops, count * self.bytes)
+
 
 def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
-    """Everything but communication."""
+    """Everything but communication, of a batch."""
     layers = config.model.num_blocks
     cluster = config.cluster
     touched = TOUCHES * layers * layer_bytes(config, work)
@@ -183,8 +205,18 @@ def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
         *(_loss_parts(config, work) if config.ranking is None else [_heads(config, work)]),
         *_embedding(config, work),
     ]
-    dense = float(dense_parameters(config)) * FLOAT * ADAMW_FLOATS
-    return [*parts, _part(config, "dense optimizer", 0.0, dense, 1.0)]
+    return parts
+
+
+def update_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
+    """Once a step: the dense optimizer, the average, the map of ids."""
+    dense = float(dense_parameters(config))
+    found = [
+        ("dense optimizer", dense * FLOAT * ADAMW_FLOATS),
+        ("average", AVERAGE_PASSES * average_bytes(config, dense, work)),
+        ("map of ids", map_moved_bytes(config, work)),
+    ]
+    return [_part(config, name, 0.0, size, 1.0) for name, size in found if size]
 
 
 def _part(config: PlanConfig, name: str, flops: float, num_bytes: float, fraction: float) -> TimePart:
@@ -339,5 +371,7 @@ class Step:
 
 def plan_step(config: PlanConfig, work: Workload) -> Step:
     """Time of one step of the busiest GPU."""
-    everyone = work.tokens * config.cluster.gpus
-    return Step(tuple(compute_parts(config, work)), tuple(transfers(config, work)), everyone)
+    batches = config.optim.accumulate_steps
+    parts = [p.times(batches) for p in compute_parts(config, work)] + update_parts(config, work)
+    sent = [t.times(batches) for t in transfers(config, work)] + update_transfers(config, work)
+    return Step(tuple(parts), tuple(sent), work.tokens * config.cluster.gpus * batches)

@@ -39,6 +39,7 @@ from hstu.plan_tables import (
     table_bytes,
     whole_gradients,
 )
+from hstu.plan_updates import average_bytes, map_bytes, map_workspace, mapped_bytes, waiting_bytes
 from hstu.plan_work import Workload
 
 CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
@@ -103,7 +104,10 @@ def saved_bytes(config: PlanConfig, work: Workload) -> list[Part]:
     """What autograd keeps between forward and backward, by layer."""
     ranking = config.ranking is not None
     columns = ranking_batch(config, work) if ranking else batch_bytes(config, work)
-    parts = [Part("batch and plan", columns + layout_bytes(config, work))]
+    batches = config.optim.accumulate_steps  # all of a step's lie there
+    parts = [Part("batch and plan", batches * (columns + layout_bytes(config, work)))]
+    if config.embedding.ids != "exact":
+        parts.append(Part("rows of the ids", mapped_bytes(config, work)))
     if ranking:
         parts.append(Part("features", token_bytes(config, work)))
     if shared := shared_bytes(config, work):
@@ -121,7 +125,9 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     placed = [place_table(lookup.config) for lookup in tables]
     dense, whole = float(FLOAT * dense_parameters(config)), whole_gradients(config, work)
     loss, kept = loss_memory(config, work), saved_bytes(config, work)
-    early = max(loss.draws, early_workspace(config, work)) - sum(part.bytes for part in kept)
+    earlier, end = waiting_bytes(config, work)
+    apart = max(loss.draws, early_workspace(config, work), map_workspace(config, work), end - earlier)
+    apart -= sum(part.bytes for part in kept)  # before they are kept, or when they are given back
     # By then loss and output have given back what they kept; gradients of item tokens wait for the first layer's.
     waiting = work.events * FLOAT * config.model.dim if config.ranking is not None else 0.0
     layer = layer_workspace(config, work) + waiting - loss.kept - output_bytes(config, work)
@@ -130,12 +136,16 @@ def plan_memory(config: PlanConfig, work: Workload) -> Memory:
         of_features = [(lookup.config, own) for lookup, own in zip(tables[1:], placed[1:], strict=True)]
         parts.append(Part("feature tables", busiest([(own, table.rows) for own, table in of_features])))
         parts.append(Part("their optimizer", busiest([(own, table.state) for own, table in of_features])))
+    average = average_bytes(config, dense / FLOAT, work)
+    for name, size in (("map of ids", map_bytes(config, work)), ("average", average), ("rows that wait", earlier)):
+        if size:
+            parts.append(Part(name, size))
     parts += [
         Part("dense weights", dense),
         Part("gradients", dense + whole),
         Part("dense optimizer (AdamW)", 2 * dense),
         *(Part(f"kept: {part.name}", part.bytes) for part in kept),
-        Part("workspace", max(loss.workspace, layer, early)),
+        Part("workspace", max(loss.workspace, layer, apart)),
         Part("communication", communication_buffers(config, work, dense + whole)),
     ]
     sheet, host = config.cluster.sheet, sum(table.host for table in placed)
