@@ -29,6 +29,13 @@ class Buckets:
         cuts = np.searchsorted(ends, np.arange(bucket_events, total, bucket_events)) + 1
         self.edges = np.unique(np.concatenate([[0], cuts, [len(user_counts)]]))
 
+    @classmethod
+    def reopen(cls, folder: Path, edges: np.ndarray, dtypes: dict[str, type]) -> Buckets:
+        """Those that another process has filled, with its ``edges``."""
+        found = cls(folder, np.empty(0, np.int64), dtypes)
+        found.edges = edges
+        return found
+
     def __len__(self) -> int:
         return max(0, len(self.edges) - 1)
 

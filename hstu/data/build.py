@@ -337,8 +337,10 @@ def write_events(
     per_second: int,
     config: DataConfig,
     writer: StoreWriter,
+    keep: bool = False,
 ) -> None:
-    """Orders each bucket and appends it to the event columns. stored: [users] events of each user in the store."""
+    """Orders each bucket and appends it to the event columns. stored: [users] events of each user in the store. keep:
+    the buckets stay."""
     num_events = int(stored.sum())
     with contextlib.ExitStack() as stack:
         item_ids = stack.enter_context(writer.column("item_ids", np.int32, num_events))
@@ -347,7 +349,7 @@ def write_events(
             role: stack.enter_context(writer.column(name, buckets.dtypes[role], num_events))
             for role, name in extra.items()
         }
-        for events in _ordered(buckets, alive_users, alive_items, config):
+        for events in _ordered(buckets, alive_users, alive_items, config, keep):
             item_ids.append(ids[events["item"]])
             timestamps.append(events["time"] // per_second)
             for role, column in others.items():
@@ -355,13 +357,14 @@ def write_events(
 
 
 def _ordered(
-    buckets: Buckets, alive_users: np.ndarray, alive_items: np.ndarray, config: DataConfig
+    buckets: Buckets, alive_users: np.ndarray, alive_items: np.ndarray, config: DataConfig, keep: bool
 ) -> Iterator[Events]:
     """The events that stay, bucket by bucket, in the order of the store. Two buckets are sorted ahead in threads."""
 
     def order_bucket(b: int) -> Events:
         events = buckets.read(b)
-        buckets.remove(b)
+        if not keep:
+            buckets.remove(b)
         alive = alive_users[events["user"]] & alive_items[events["item"]]
         if not alive.all():
             events = {name: column[alive] for name, column in events.items()}

@@ -178,7 +178,6 @@ def finish_shards(writer: StoreWriter, num_shards: int, meta: dict[str, Any]) ->
     meta: as of :meth:`StoreWriter.finish`. A split time that is a quantile is resolved over all shards, because a shard
     has another one of its own.
     """
-    shutil.rmtree(writer.folder / ".work", ignore_errors=True)
     folders = [shard_folder(writer.folder, n) for n in range(num_shards)]
     split = dict(meta["split"])
     if split["kind"] == "global-time":
@@ -215,4 +214,5 @@ def finish_shards(writer: StoreWriter, num_shards: int, meta: dict[str, Any]) ->
     }
     if split["kind"] == "global-time":
         make_split(ShardedStore(writer.folder, whole), "reference")  # raises where nobody is held out
+    shutil.rmtree(writer.work)
     write_meta(writer.folder, whole)

@@ -21,6 +21,10 @@ import numpy as np
 from hstu.errors import UserError
 
 SCHEMA_VERSION = 1
+_WORK = ".work"
+"""Scratch space of a store in the making."""
+MARK_ENDING = ".done.json"
+"""Ending of the files in ``_WORK`` that say what of a store is done (:class:`hstu.data.stages.Marks`)."""
 RARE_ITEM = "<rare>"
 """Raw id of the rare-item bucket where raw ids are strings; -1 where they are integers."""
 
@@ -134,40 +138,54 @@ def _load_folder(folder: Path) -> dict[str, np.ndarray]:
 def new_store(path: str | Path) -> Iterator[StoreWriter]:
     """Yields a writer to a temporary folder beside ``path`` and renames it to ``path`` when the block ends well.
 
-    On an exception or an interrupt the temporary folder is removed. What a killed process left behind is removed
-    by the next one. If another process finished the same store meanwhile, that one is kept.
+    On an exception or an interrupt the temporary folder is removed. What a killed process left behind is taken over by
+    the next one where something in it is marked as done, else removed. If another process finished the same store
+    meanwhile, that one is kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
     temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    _take_over(_leftovers(path), temporary)
+    temporary.mkdir(exist_ok=True)
     try:
         yield StoreWriter(temporary)
         if not (temporary / "meta.json").exists():
             raise RuntimeError("finish() was not called")
         for part in [*temporary.rglob("*"), temporary]:
-            _sync(part)
+            sync(part)
         try:
             os.rename(temporary, path)
         except OSError:
             if not (path / "meta.json").exists():
                 raise
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    host = socket.gethostname()
-    for leftover in path.parent.glob(f".{path.name}.{host}.*.tmp"):
+def _leftovers(path: Path) -> list[Path]:
+    """Temporary folders of processes of this machine that are no more, the latest first."""
+    found = []
+    for leftover in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.tmp"):
         pid = leftover.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            found.append(leftover)
+    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def _take_over(leftovers: list[Path], temporary: Path) -> None:
+    """Renames the first folder with a mark to ``temporary`` and removes the others."""
+    for leftover in leftovers:
+        if not temporary.exists() and any(leftover.glob(f"{_WORK}/*{MARK_ENDING}")):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                os.rename(leftover, temporary)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until the file or the folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,7 +201,7 @@ class StoreWriter:
 
     @property
     def work(self) -> Path:
-        work = self.folder / ".work"
+        work = self.folder / _WORK
         work.mkdir(exist_ok=True)
         return work
 
@@ -213,7 +231,7 @@ class StoreWriter:
         """
         from hstu.data.splits import split_hash
 
-        shutil.rmtree(self.folder / ".work", ignore_errors=True)
+        shutil.rmtree(self.folder / _WORK, ignore_errors=True)
         meta = {"schema_version": SCHEMA_VERSION, **meta}
         store = SequenceStore(self.folder, meta)
         store._check()
