@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _CHUNK_ROWS = 1 << 22
 
-EventColumns = Mapping[str, np.ndarray]
+RawColumns = Mapping[str, np.ndarray]
 """Raw columns of the events at hand [L] by name, ``actions`` among them; where they were read before."""
 
 
@@ -94,7 +94,7 @@ class RankingData:
             found[name] = column
         return found
 
-    def _values(self, column: str, rows: np.ndarray, events: EventColumns | None) -> np.ndarray:
+    def _values(self, column: str, rows: np.ndarray, events: RawColumns | None) -> np.ndarray:
         """float32 [L], a copy."""
         return np.array(self.columns[column][rows] if events is None else events[column], np.float32)
 
@@ -106,7 +106,7 @@ class RankingData:
         rows = np.arange(self.store.num_events)
         return {name: self.label(name, rows) for name in self.config.tasks}
 
-    def label(self, task: str, rows: np.ndarray, events: EventColumns | None = None) -> np.ndarray:
+    def label(self, task: str, rows: np.ndarray, events: RawColumns | None = None) -> np.ndarray:
         """float32 [L] label of the events ``rows``, NaN where it is missing or masked.
 
         binary: 0 or 1; multiclass and ordinal: the index of the level; regression: the raw value.
@@ -151,7 +151,7 @@ class RankingData:
         """Width of :meth:`action_bits`."""
         return sum(num_bits(c) for c in self.config.actions.values())
 
-    def action_bits(self, rows: np.ndarray, events: EventColumns | None = None) -> np.ndarray:
+    def action_bits(self, rows: np.ndarray, events: RawColumns | None = None) -> np.ndarray:
         """bool [L, bits]: what was done in the events ``rows``; the last bit of each column says that it is missing."""
         parts = [np.empty((len(rows), 0), bool)]
         for column, config in self.config.actions.items():
@@ -200,7 +200,7 @@ class RankingData:
         stacked = np.stack(numbers, axis=1) if numbers else np.empty((size, 0))
         return coded, stacked.astype(np.float32)
 
-    def event_values(self, rows: np.ndarray, events: EventColumns | None = None) -> dict[str, np.ndarray]:
+    def event_values(self, rows: np.ndarray, events: RawColumns | None = None) -> dict[str, np.ndarray]:
         """Codes or numbers [L] of each stored event feature in the events ``rows``."""
         if events is None:
             return {name: feature.values[rows] for name, feature in self.event_features.items()}

@@ -145,8 +145,7 @@ def new_store(path: str | Path) -> Iterator[StoreWriter]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    _take_over(_leftovers(path), temporary)
+    _take_over([temporary, *_leftovers(path)], temporary)
     temporary.mkdir(exist_ok=True)
     try:
         yield StoreWriter(temporary)
@@ -175,11 +174,13 @@ def _leftovers(path: Path) -> list[Path]:
 
 
 def _take_over(leftovers: list[Path], temporary: Path) -> None:
-    """Renames the first folder with a mark to ``temporary`` and removes the others."""
+    """Renames the first folder with a mark to ``temporary``, which may be one of them, and removes the others."""
+    taken = False
     for leftover in leftovers:
-        if not temporary.exists() and any(leftover.glob(f"{_WORK}/*{MARK_ENDING}")):
+        if not taken and any(leftover.glob(f"{_WORK}/*{MARK_ENDING}")):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 os.rename(leftover, temporary)
+                taken = True
         else:
             shutil.rmtree(leftover, ignore_errors=True)
 

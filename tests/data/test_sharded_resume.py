@@ -86,6 +86,15 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path, raw: Path, expected: Sequenc
     assert not (found.path / ".work").exists()
 
 
+def test_a_process_of_the_same_number_goes_on(tmp_path: Path, raw: Path, expected: SequenceStore) -> None:
+    """As in a container that is started again."""
+    left = killed(tmp_path, "filtered", lambda: preparation(tmp_path, raw))
+    left.rename(left.with_name(left.name.replace(str(NO_PROCESS), str(os.getpid()))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_build, "_spill_rows", None)
+        assert_same(preparation(tmp_path, raw), expected)
+
+
 def test_killed_again_and_while_it_finishes(tmp_path: Path, raw: Path, expected: SequenceStore) -> None:
     for mark in ("shard-00001", "written-00000", FINISH):
         killed(tmp_path, mark, lambda: preparation(tmp_path, raw))
