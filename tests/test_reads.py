@@ -1,4 +1,4 @@
-"""A step waits for the device once, and an evaluation over sharded tables once a call, torchrec's own waits aside."""
+"""A step waits for the device once, and an evaluation over sharded tables twice a call, torchrec's own waits aside."""
 
 from __future__ import annotations
 
@@ -107,16 +107,16 @@ def test_a_sharded_step_reads_what_it_fetches(
 
 
 @pytest.mark.parametrize("items", [60, 600], ids=["one piece", "several pieces"])
-def test_ranks_read_once_however_many_pieces(items: int) -> None:
+def test_ranks_read_twice_however_many_pieces(items: int) -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(items + 1, 4, generator=generator)
     how = Scoring(World(), items, False, 1e-6, 0.001, lambda ids: table[ids])
     queries, targets = torch.randn(3, 4, generator=generator), torch.tensor([1, items, 7])
     seen_ids, seen_offsets = torch.tensor([2, 3, 5]), torch.tensor([0, 1, 1, 3])
-    once = {"sharded_rank.py:_by_piece tolist": 1, "sharded_rank.py:check _local_scalar_dense": 1}
+    twice = {"sharded_rank.py:_by_piece tolist": 1, "sharded_rank.py:check _local_scalar_dense": 1}
     with Reads() as reads:
         sharded_rank(how, queries, targets, seen_ids, seen_offsets)
-    assert reads.places == once
+    assert reads.places == twice
     with Reads() as reads:
         sharded_topk(how, queries, 5, seen_ids, seen_offsets)
-    assert reads.places == once
+    assert reads.places == twice
