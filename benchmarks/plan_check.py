@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,15 @@ from hstu.allocator import keep_freed_memory
 from hstu.cli import command
 from hstu.config import LossConfig, OptimConfig
 from hstu.config_model import FuXiLinearConfig, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
+from hstu.config_ranking import ActionConfig, FeatureConfig, HeadConfig, RankingConfig, TaskConfig
 from hstu.data.batches import Batch
+from hstu.data.ranking_batches import RankingBatch, make_features
+from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import make_optimizer
 from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
 from hstu.plan_cost import Step, plan_step
+from hstu.plan_ranking import action_bits
 from hstu.plan_work import Workload
 
 WARM_UP_STEPS = 2
@@ -41,13 +46,14 @@ LEAST_STEPS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """A model, its loss, and a batch."""
+    """A model, its loss, and a batch; or a ranking model."""
 
     name: str
     model: ModelConfig
     loss: LossConfig
     items: int
     users: int
+    ranking: RankingConfig | None = None
 
 
 def _hstu(dim: int, heads: int, max_len: int, blocks: int = 2) -> HSTUConfig:
@@ -72,6 +78,23 @@ POINTS = (
 )
 
 
+def _ranking(name: str, model: ModelConfig, users: int, **options: Any) -> Point:
+    features = {"author": FeatureConfig(), "kind": FeatureConfig()}
+    actions = {"seconds": ActionConfig(kind="thresholds", thresholds=[1.0, 3.0, 7.0, 18.0, 60.0])}
+    tasks = {"click": TaskConfig(), "like": TaskConfig()}
+    ranking = RankingConfig(tasks=tasks, actions=actions, item_features=features,
+                            user_features={"country": FeatureConfig()}, **options)  # fmt: skip
+    return Point(name, model, LossConfig(), 7583, users, ranking)
+
+
+RANKING_POINTS = (
+    _ranking("ranking-interleaved", _hstu(64, 2, 100), 128),
+    _ranking("ranking-fused", _hstu(64, 2, 200), 64, form="fused", targets=16),
+    _ranking("ranking-wide", _hstu(256, 4, 100), 16, head=HeadConfig(hidden=[256], shared_experts=2, task_experts=1)),
+    _ranking("ranking-transformer", TransformerConfig(dim=128, num_heads=4, ffn_dim=256, max_len=100), 32),
+)
+
+
 @dataclass
 class Options:
     """Options of the command."""
@@ -83,11 +106,15 @@ class Options:
     record: bool = False
 
 
+def lengths_of(point: Point) -> torch.Tensor:
+    """Skewed lengths, int64 [users]."""
+    quantiles = torch.arange(1, point.users + 1, dtype=torch.float64) / point.users
+    return (point.model.max_len * quantiles.square()).ceil().to(torch.int64)
+
+
 def make_batch(point: Point, device: torch.device) -> Batch:
     """Users of skewed lengths, random items."""
-    generator = torch.Generator().manual_seed(0)
-    quantiles = torch.arange(1, point.users + 1, dtype=torch.float64) / point.users
-    lengths = (point.model.max_len * quantiles.square()).ceil().to(torch.int64)
+    generator, lengths = torch.Generator().manual_seed(0), lengths_of(point)
     total = int(lengths.sum())
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     items = torch.randint(1, point.items + 1, (2, total), generator=generator)
@@ -96,12 +123,61 @@ def make_batch(point: Point, device: torch.device) -> Batch:
     return Batch(offsets, items[0], times, times + 60, items[1], users, int(lengths.max())).to(device)
 
 
+def targets_of(point: Point) -> torch.Tensor:
+    """Predicted events of each sequence, the last ones, int64 [users]."""
+    assert point.ranking is not None
+    lengths = lengths_of(point)
+    return lengths.clamp(max=point.ranking.targets) if point.ranking.form == "fused" else lengths
+
+
+def make_ranking_batch(point: Point, config: PlanConfig, device: torch.device) -> RankingBatch:
+    """The same with random actions, features and labels."""
+    generator, batch, num_targets = np.random.default_rng(0), make_batch(point, torch.device("cpu")), targets_of(point)
+    owner = torch.repeat_interleave(batch.offsets.diff())
+    targets = (torch.arange(batch.num_events) >= (batch.offsets[1:] - num_targets)[owner]).nonzero()[:, 0]
+    features = config.all_features
+    coded = {
+        owner: {
+            f"item.{table.name}" if owner == "item" else table.name:
+                (generator.integers(0, table.rows, rows), np.ones(rows, np.int64))
+            for table in features.of(owner)
+        }
+        for owner, rows in (("item", batch.num_events), ("user", point.users))
+    }  # fmt: skip
+    assert point.ranking is not None
+    bits = torch.from_numpy(generator.integers(0, 2, (batch.num_events, action_bits(point.ranking)))).float()
+    labels = {task: torch.from_numpy(generator.integers(0, 2, len(targets))).float() for task in point.ranking.tasks}
+    return RankingBatch(
+        batch.offsets, batch.item_ids, batch.timestamps, bits, num_targets, targets, labels, targets, batch.users,
+        make_features(coded["item"], np.empty((batch.num_events, 0))),
+        make_features(coded["user"], np.empty((point.users, 0))), batch.max_len, int(num_targets.max()),
+    ).to(device)  # fmt: skip
+
+
+def make_ranking_model(point: Point, config: PlanConfig) -> RankingModel:
+    """With what it asks of a store taken from the plan."""
+    assert point.ranking is not None
+    features = config.all_features
+    data = SimpleNamespace(
+        store=SimpleNamespace(num_items=point.items), num_prefix=features.num_prefix,
+        token_feature_sizes={f"item.{table.name}": table.rows for table in features.of("item")},
+        user_feature_sizes={table.name: table.rows for table in features.of("user")}, token_number_names=[],
+        user_number_names=[], num_action_bits=action_bits(point.ranking),
+    )  # fmt: skip
+    return RankingModel(point.model, point.ranking, data)  # type: ignore[arg-type]
+
+
 def time_step(point: Point, device: torch.device, seconds: float) -> float:
     """Median seconds of a step; on the CPU the time that the process computed."""
     torch.manual_seed(0)
-    model = RetrievalModel(point.model, point.items, point.loss).to(device)
+    config = plan_of(point, device)
+    batch: Batch | RankingBatch
+    model: RetrievalModel | RankingModel
+    if point.ranking is None:
+        model, batch = RetrievalModel(point.model, point.items, point.loss).to(device), make_batch(point, device)
+    else:
+        model, batch = make_ranking_model(point, config).to(device), make_ranking_batch(point, config, device)
     optimizer = make_optimizer(model, OptimConfig())
-    batch = make_batch(point, device)
     low = device.type == "cuda"
     clock = time.perf_counter if low else time.process_time
     times: list[float] = []
@@ -111,7 +187,7 @@ def time_step(point: Point, device: torch.device, seconds: float) -> float:
         start = clock()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            loss = model.loss(batch, len(times))
+            loss = model.loss(batch, len(times))  # type: ignore[arg-type]
         loss.backward()
         optimizer.step()
         synchronize(device)
@@ -119,14 +195,19 @@ def time_step(point: Point, device: torch.device, seconds: float) -> float:
     return float(np.median(times[WARM_UP_STEPS:]))
 
 
+def plan_of(point: Point, device: torch.device, **cluster: float) -> PlanConfig:
+    """One local table on one device. cluster: what is known of it."""
+    gpu, precision = ("h200", "bfloat16") if device.type == "cuda" else ("cpu", "float32")
+    table = TablePlanConfig(rows=point.items, kind="local", optimizer="adamw")
+    return PlanConfig(table, ClusterConfig(gpu=gpu, gpus=1, **cluster), BatchPlanConfig(mean_len=1.0), point.model,  # type: ignore[arg-type]
+                      point.loss, precision, ranking=point.ranking)  # fmt: skip
+
+
 def predict(point: Point, device: torch.device, ceilings: Ceilings) -> Step:
     """What ``hstu-plan`` says of the same step on a machine with these ceilings."""
-    lengths = make_batch(point, torch.device("cpu")).offsets.diff().numpy()
-    gpu, precision = ("h200", "bfloat16") if device.type == "cuda" else ("cpu", "float32")
-    cluster = ClusterConfig(gpu=gpu, gpus=1, peak_tflops=ceilings.product_tflop_s, hbm_gbps=ceilings.copy_gb_s)
-    table = TablePlanConfig(rows=point.items, kind="local", optimizer="adamw")
-    config = PlanConfig(table, cluster, BatchPlanConfig(mean_len=1.0), point.model, point.loss, precision)
-    return plan_step(config, Workload.of_lengths(lengths, point.model))
+    config = plan_of(point, device, peak_tflops=ceilings.product_tflop_s, hbm_gbps=ceilings.copy_gb_s)
+    targets = 0 if point.ranking is None else targets_of(point).numpy()
+    return plan_step(config, Workload.of_lengths(lengths_of(point).numpy(), point.model, config.form, targets))
 
 
 @command
@@ -145,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(device, dtype, cpu_time=True)
     print(f"ceilings: copy {ceilings.copy_gb_s:,.1f} GB/s, product {ceilings.product_tflop_s:,.3g} TFLOP/s")
     rows: list[dict[str, Any]] = []
-    for point in POINTS:
+    for point in (*POINTS, *RANKING_POINTS):
         if not fnmatch.fnmatch(point.name, options.points):
             continue
         step, measured = predict(point, device, ceilings), time_step(point, device, options.seconds)

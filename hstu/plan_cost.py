@@ -244,7 +244,10 @@ def _attention(config: PlanConfig, work: Workload) -> TimePart:
     model, fraction = config.model, config.cluster.attention_fraction
     if isinstance(model, HSTUConfig):
         widths = model.num_heads * (model.qk_dim + model.v_dim)
-        flops = (1 + BACKWARD_ATTENTION) * 2.0 * work.pairs * widths
+        squares = (
+            config.torch_path and config.form.is_fused
+        )  # prefixes that see forward: the torch path goes through all
+        flops = (1 + BACKWARD_ATTENTION) * 2.0 * (work.squares if squares else work.pairs) * widths
         return _part(config, "attention", model.num_blocks * flops, 0.0, fraction)
     if isinstance(model, FuXiLinearConfig):
         return _part(config, "mixers", model.num_blocks * _mixer_flops(model, work), 0.0, fraction)

@@ -133,13 +133,13 @@ def test_recorded_step_times_are_predicted_within_a_factor_of_two_and_a_half() -
     """Of the record made on a CPU; the shares of the peaks are the defaults, none is fitted to it."""
     torch = pytest.importorskip("torch")
     from benchmarks.measure import Ceilings
-    from benchmarks.plan_check import POINTS, predict
+    from benchmarks.plan_check import POINTS, RANKING_POINTS, predict
 
     path = max((ROOT / "benchmarks" / "results").glob("*-plan-check-cpu.json"))
     record = json.loads(path.read_text(encoding="utf-8"))
     known = {name: record["metrics"][name]["mean"] for name in ("copy_gb_s", "product_tflop_s")}
     measured = {row["point"]: row["measured_ms"] for row in record["timing"]["rows"]}
-    points = {point.name: point for point in POINTS}
+    points = {point.name: point for point in (*POINTS, *RANKING_POINTS)}
     assert len(measured) >= 10
     for point in (points[name] for name in measured):
         step = predict(point, torch.device("cpu"), Ceilings(**known, dtype="float32"))
