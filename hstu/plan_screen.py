@@ -47,8 +47,9 @@ def _head(plan: Plan) -> Panel:
     table, cluster, work = plan.config.embedding, plan.config.cluster, plan.work
     sheet, model = cluster.sheet, plan.config.model
     goal, users = ("ranking", "sequences") if plan.config.ranking is not None else (plan.config.loss.name, "users")
+    items = "items" if table.ids == "exact" else f"rows for items ({table.ids})"
     lines = [
-        f"{model.name} D={model.dim}, {model.num_blocks} layers, {model.num_heads} heads; {table.rows:,} items, "
+        f"{model.name} D={model.dim}, {model.num_blocks} layers, {model.num_heads} heads; {table.rows:,} {items}, "
         f"{table.dtype} rows, {table.optimizer}; {goal}, {plan.config.precision}",
         f"{cluster.gpus} x {cluster.gpu} in nodes of {sheet.gpus_per_node}: {sheet.hbm_gib:g} GiB, "
         f"{sheet.hbm_gbps:,g} GB/s, {plan.config.peak_tflops:g} TFLOP/s; NVLink {sheet.nvlink_gbps:g}, network "
