@@ -72,6 +72,13 @@ POINTS = (
     Point("hstu-large-table", _hstu(64, 2, 100), LossConfig(), 400_000, 32),
     Point("sasrec-ml-1m", SASRecConfig(), LossConfig(), 3883, 64),
     Point("transformer-wide", TransformerConfig(dim=256, num_heads=4, ffn_dim=512), LossConfig(), 3883, 16),
+    Point(
+        "hstu-mixture",
+        HSTUConfig(similarity="mixture_of_logits", l2_normalize=False),
+        LossConfig(num_negatives=32, temperature=1.0),
+        3883,
+        8,
+    ),
     Point("fuxi-ml-20m", FuXiLinearConfig(), LossConfig(), 26744, 32),
     Point("fuxi-wide", FuXiLinearConfig(dim=256, num_heads=4, ffn_dim=256), LossConfig(), 3883, 8),
     Point("fuxi-long", FuXiLinearConfig(max_len=1600), LossConfig(num_negatives=16), 3883, 4),

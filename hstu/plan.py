@@ -101,9 +101,9 @@ def refusal(plan: Plan) -> str:
 def run(config: PlanConfig) -> int:
     """Plans, prints, writes; 0 where it fits.
 
-    Raises UserError where training would refuse: a model that is not planned, columns that cannot be cut.
+    Raises UserError where training would refuse: a similarity with another loss or table, columns that cannot be cut.
     """
-    check_model(config.model)
+    check_model(config)
     if not is_replicated(config):
         least_columns(config.embedding.sharding, config.model.dim, config.cluster.gpus, config.cluster.node_size)
     config, sharding = resolve_sharding(config)

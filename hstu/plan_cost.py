@@ -19,6 +19,7 @@ from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
 from hstu.plan_layers import fuxi_chunks, layer_bytes
 from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
 from hstu.plan_memory import dense_parameters
+from hstu.plan_mixture import is_mixture, mixture_flops, pair_bytes, query_bytes
 from hstu.plan_ranking import head_bytes, head_flops, token_bytes
 from hstu.plan_tables import (
     Lookup,
@@ -277,6 +278,10 @@ def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     if is_replicated(config):
         gpus = 1
     everyone = work.tokens * gpus
+    if is_mixture(config):
+        pairs = work.tokens * (count + 1)
+        moved = TOUCHES * (pairs * pair_bytes(config) + work.tokens * query_bytes(config))
+        return [_part(config, "loss", mixture_flops(config, work), moved, config.cluster.linear_fraction)]
     if config.loss.name != "sampled_softmax":
         bank = bank_items(config.with_gpus(gpus), work)
         # The logits are computed again in the backward pass, but where a full softmax makes its gradients at once.

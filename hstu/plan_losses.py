@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hstu.feature_tables import BAGS
 from hstu.plan_config import FLOAT, INT32, INT64, PlanConfig
+from hstu.plan_mixture import is_mixture, mixture_memory
 from hstu.plan_ranking import head_bytes, head_workspace
 from hstu.plan_tables import is_replicated, row_width
 from hstu.plan_work import Workload
@@ -78,6 +79,8 @@ def loss_memory(config: PlanConfig, work: Workload) -> LossMemory:
     """Of the loss on the table as it lies: whole on this GPU, or in shards; of ranking those of its heads."""
     if config.ranking is not None:
         return LossMemory(head_bytes(config, work), head_workspace(config, work))
+    if is_mixture(config):
+        return LossMemory(*mixture_memory(config, work))
     if not is_replicated(config):
         return _sharded_loss(config, work)
     return _torch_loss(config, work) if config.torch_path else _triton_loss(config, work)

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 
 from hstu.config import build
-from hstu.config_model import MODELS, ModelConfig
-from hstu.errors import UserError
+from hstu.config_model import MODELS
+from hstu.errors import check
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
 from hstu.plan_layers import (
     batch_bytes,
@@ -27,6 +27,7 @@ from hstu.plan_layers import (
     shared_bytes,
 )
 from hstu.plan_losses import loss_memory
+from hstu.plan_mixture import is_mixture, mixture_parameters
 from hstu.plan_ranking import batch_bytes as ranking_batch
 from hstu.plan_ranking import ranking_parameters, token_bytes
 from hstu.plan_tables import (
@@ -49,7 +50,7 @@ same)."""
 
 def dense_parameters(config: PlanConfig) -> int:
     """Parameters of everything but the tables, counted on the meta device."""
-    around = 0 if config.ranking is None else ranking_parameters(config)
+    around = mixture_parameters(config) if config.ranking is None else ranking_parameters(config)
     return around + _encoder_parameters(config.encoder.name, json.dumps(dataclasses.asdict(config.encoder)))
 
 
@@ -62,10 +63,16 @@ def _encoder_parameters(name: str, text: str) -> int:
         return sum(p.numel() for p in make_encoder(model).parameters())
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raises UserError for a model whose memory is not written down here."""
-    if model.similarity != "dot":
-        raise UserError(f"model.similarity={model.similarity}: hstu-plan knows dot only")
+def check_model(config: PlanConfig) -> None:
+    """Raises UserError for a similarity with what training refuses beside it."""
+    if not is_mixture(config):
+        return
+    beside = "with model.similarity=mixture_of_logits"
+    check(config.ranking is None, "ranking", "a ranking model", f"none {beside}, which retrieves items")
+    check(config.embedding.ids == "exact", "embedding.ids", config.embedding.ids, f"exact {beside}")
+    check(config.loss.name == "sampled_softmax", "loss.name", config.loss.name, f"sampled_softmax {beside}")
+    check(config.embedding.kind == "local", "embedding.kind", config.embedding.kind,
+          f"local {beside} (and embedding.optimizer=adamw)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def saved_bytes(config: PlanConfig, work: Workload) -> list[Part]:
 
 def plan_memory(config: PlanConfig, work: Workload) -> Memory:
     """Memory of the fullest GPU by part."""
-    check_model(config.model)
+    check_model(config)
     tables = lookups(config, work)
     placed = [place_table(lookup.config) for lookup in tables]
     dense, whole = float(FLOAT * dense_parameters(config)), whole_gradients(config, work)

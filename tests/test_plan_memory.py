@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hstu.config import FuXiLinearConfig, HSTUConfig, LossConfig, OptimConfig, SASRecConfig, TransformerConfig
 from hstu.config_model import ModelConfig
+from hstu.config_ranking import RankingConfig, TaskConfig
+from hstu.config_similarity import MixtureConfig
 from hstu.data.batches import Batch
 from hstu.distributed import World
 from hstu.errors import UserError
@@ -245,7 +248,51 @@ def test_host_memory_of_a_cached_table() -> None:
     assert memory.of("table") == cached + 250 * (4 + 0.25 * 16)
 
 
-def test_other_models_are_refused() -> None:
-    config = planned(HSTUConfig(similarity="mixture_of_logits", l2_normalize=False))
-    with pytest.raises(UserError, match="mixture_of_logits: hstu-plan knows"):
-        plan_memory(config, Workload(100, 1, 100, 1e4, 5e3, 100, 100))
+MIXTURES = {
+    "one block": MixtureConfig(),
+    "several blocks": MixtureConfig(chunk_mib=8),
+    "no dropout": MixtureConfig(softmax_dropout=0.0, item_dropout=0.0, user_dropout=0.0),
+    "users": MixtureConfig(item_components=8, dim=32, gate_dim=64, gate_dropout=0.1, user_embeddings=100),
+}
+
+
+def mixed(name: str, precision: str = "float32") -> PlanConfig:
+    model = HSTUConfig(similarity="mixture_of_logits", l2_normalize=False, mixture=MIXTURES[name])
+    return planned(model, LossConfig(num_negatives=32, temperature=1.0), precision)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 0.02), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_a_mixture_of_logits_keeps(name: str, precision: str, bound: float) -> None:
+    config, batch = mixed(name, precision), make_batch(LENGTHS, ITEMS)
+    measured = kept_bytes(RetrievalModel(config.model, ITEMS, config.loss), batch, precision)
+    assert planned_kept(config) == pytest.approx(measured, rel=bound)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_peak_of_a_mixture_of_logits(name: str) -> None:
+    config, batch = mixed(name), make_batch(LENGTHS, ITEMS)
+    model = RetrievalModel(config.model, ITEMS, config.loss)
+    plan = model.encoder.plan(batch)
+    model.loss(batch, 1, plan).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    measured = allocated_peak(lambda: model.loss(batch, 1, plan).backward())
+    memory = plan_memory(config, Workload.of_lengths(LENGTHS, config.model))
+    assert memory.of("gradients") == 4 * sum(p.numel() for p in model.parameters())
+    kept = planned_kept(config) - memory.of("kept: batch and plan")
+    assert kept + memory.of("workspace") + memory.of("gradients") == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss": LossConfig(name="in_batch")}, "loss.name='in_batch': expected sampled_softmax with model.similarity"),
+        ({"embedding": TablePlanConfig(rows=9)}, "embedding.kind='sharded': expected local with model.similarity"),
+        ({"ranking": RankingConfig(tasks={"click": TaskConfig()})}, "expected none with model.similarity"),
+    ],
+)  # fmt: skip
+def test_what_a_mixture_of_logits_does_not_go_with(changed: dict[str, Any], message: str) -> None:
+    config = replace(mixed("one block"), **changed)
+    with pytest.raises(UserError, match=message):
+        plan_memory(config, Workload.planned(config))
