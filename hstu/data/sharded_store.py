@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class JoinedColumn:
     def __init__(self, parts: list[np.ndarray]) -> None:
         """parts: the column of each shard; all of one dtype, but for the width of texts."""
         self.parts = parts
-        self.dtype = np.result_type(*(part.dtype for part in parts))
+        self.dtype = reduce(np.promote_types, {part.dtype for part in parts})
         self._ends = np.cumsum([len(p) for p in parts])
         self.shape = (int(self._ends[-1]),)
         self.nbytes = self.shape[0] * self.dtype.itemsize

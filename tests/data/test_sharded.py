@@ -235,6 +235,11 @@ def test_joined_column_is_indexed_like_an_array() -> None:
         column[np.array([9])]
 
 
+def test_joined_texts_are_as_wide_as_the_widest() -> None:
+    column = JoinedColumn([np.array(["a" * width]) for width in range(1, 101)])
+    assert column.dtype == np.dtype("U100") and column[np.array([99, 0])].tolist() == ["a" * 100, "a"]
+
+
 def test_kth_smallest() -> None:
     values = np.random.default_rng(0).integers(-50, 10**12, 1000)
     values[:300] = 7
