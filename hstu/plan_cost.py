@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hstu.config_model import FuXiLinearConfig, HSTUConfig, SASRecConfig
 from hstu.feature_tables import BAGS
 from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
-from hstu.plan_layers import fuxi_chunks, layer_bytes
+from hstu.plan_layers import early_workspace, fuxi_chunks, layer_bytes, shared_bytes
 from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
 from hstu.plan_memory import dense_parameters
 from hstu.plan_mixture import is_mixture, mixture_flops, pair_bytes, query_bytes
@@ -199,6 +199,7 @@ def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     layers = config.model.num_blocks
     cluster = config.cluster
     touched = TOUCHES * layers * layer_bytes(config, work)
+    touched += 2 * early_workspace(config, work) + 2 * layers * shared_bytes(config, work)  # written, read
     linear = layers * work.tokens * _linear_flops(config)
     parts = [
         _part(config, "linear layers", linear, touched, cluster.linear_fraction),
