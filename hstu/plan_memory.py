@@ -15,7 +15,7 @@ import torch
 
 from hstu.config import build
 from hstu.config_model import MODELS
-from hstu.errors import check
+from hstu.errors import check, one_of
 from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
 from hstu.plan_layers import (
     batch_bytes,
@@ -43,6 +43,8 @@ from hstu.plan_tables import (
 from hstu.plan_updates import average_bytes, map_bytes, map_workspace, mapped_bytes, waiting_bytes
 from hstu.plan_work import Workload
 
+PLANNED_MODELS = ("hstu", "sasrec", "transformer", "fuxi_linear")
+"""Encoders of which ``plan_layers.py`` and ``plan_cost.py`` know what they keep and cost."""
 CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
 """fbgemm's cache of rows in host memory: its map for each row, its state for each slot (torchrec's planner counts the
 same)."""
@@ -64,7 +66,9 @@ def _encoder_parameters(name: str, text: str) -> int:
 
 
 def check_model(config: PlanConfig) -> None:
-    """Raises UserError for a similarity with what training refuses beside it."""
+    """Raises UserError for an encoder whose memory is not written down, and for what training refuses beside a
+    similarity."""
+    one_of("model.name", config.model.name, PLANNED_MODELS)
     if not is_mixture(config):
         return
     beside = "with model.similarity=mixture_of_logits"
