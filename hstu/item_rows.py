@@ -250,8 +250,12 @@ class ManagedRows(ItemRows):
         return found
 
     def rows(self, ids: Tensor) -> Tensor:
-        found = self.module.remap({"item": _jagged(ids.reshape(-1).long())})["item"].values()
-        return torch.where(ids == 0, 0, self.num_rows - found.view(ids.shape))
+        """As by torchrec's ``remap``, whose masks wait for the device."""
+        known, slots = self.module._mch_sorted_raw_ids, self.module._mch_remapped_ids_mapping
+        wanted = ids.long().contiguous()
+        place = torch.searchsorted(known[:-1], wanted)
+        found = torch.where(known[place] == wanted, self.num_rows - slots[place], UNKNOWN)
+        return torch.where(ids == 0, 0, found)
 
     def counts(self) -> Tensor:
         live = self.num_live

@@ -64,8 +64,9 @@ class Vocabulary:
         if len(taken):
             seed = derive(self.seed, RESET_SEED, int(rows.step))
             reset_rows(self.model, taken, seed, optimizers, average)
-        found = [len(inputs), num_unknown(rows, inputs), len(labels), num_unknown(rows, labels)]
-        rows.since += self.world.sum(torch.tensor(found, device=inputs.device))
+        found = [inputs.new_full((), len(inputs)), num_unknown(rows, inputs)]
+        found += [labels.new_full((), len(labels)), num_unknown(rows, labels)]
+        rows.since += self.world.sum(torch.stack(found))
 
     def report(self) -> dict[str, float]:
         """Share of inputs and labels without a row since the last call; rows in use and items that have lost theirs."""
@@ -111,9 +112,9 @@ def unknown_text(shares: dict[str, float]) -> str:
     return found.format(**shares)
 
 
-def num_unknown(rows: ItemRows, ids: Tensor) -> int:
-    """Ids without a row of their own. A hash has a row for every item."""
-    return int((rows.rows(ids) == UNKNOWN).sum()) if isinstance(rows, ManagedRows) else 0
+def num_unknown(rows: ManagedRows, ids: Tensor) -> Tensor:
+    """How many ids have no row of their own, a scalar int64 on their device."""
+    return (rows.rows(ids) == UNKNOWN).sum()
 
 
 def unknown_shares(model: nn.Module, store: SequenceStore, targets: Targets, max_len: int) -> dict[str, float]:
@@ -153,7 +154,7 @@ def _shares(
     for part in parts:
         for place, events in enumerate(part):
             ids = torch.from_numpy(np.asarray(store.item_ids[events], np.int64)).to(rows.waiting.device)
-            counts[place] += (len(ids), num_unknown(rows, ids))
+            counts[place] += (len(ids), int(num_unknown(rows, ids)))
     shares = counts[:, 1] / np.maximum(1, counts[:, 0])
     return {"oov_inputs": float(shares[0]), "oov_labels": float(shares[1])}
 

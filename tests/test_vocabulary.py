@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from benchmarks.drift import make_config as make_drift_config
 from hstu.config import Config, DataConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
 from hstu.config_stream import StreamConfig
-from hstu.embedding import initial_rows
+from hstu.distributed import World
+from hstu.embedding import LocalItemTable, initial_rows
 from hstu.item_rows import ManagedRows, MappedTable
 from hstu.progress import Display
 from hstu.recommend import Recommender
@@ -24,8 +26,9 @@ from hstu.runs import load_run, open_store
 from hstu.seeding import derive
 from hstu.stream_train import stream_train
 from hstu.train import Trainer, train
-from hstu.vocabulary import RESET_SEED, unknown_shares
+from hstu.vocabulary import RESET_SEED, Vocabulary, unknown_shares
 from tests.ranks import run_ranks
+from tests.reads import Reads
 from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, final_state, logged, make_config
 from tests.test_train_ranks import narrow, run_steps
@@ -47,6 +50,33 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(root: Path) -> Path:
     return train(managed_config(root))
+
+
+def test_between_updates_the_map_reads_the_number_of_the_step_alone() -> None:
+    """A step asks it for the rows of what it reads and predicts, and counts those without one."""
+    table = MappedTable(ManagedRows(60, 20, "lru", 1.0, every=2), LocalItemTable(20, 4))
+    vocabulary, ids = Vocabulary(SimpleNamespace(table=table), 0, World()), torch.arange(1, 41)  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(item_ids=ids, predicted_items=ids[:30])
+    vocabulary.begin_step([batch], [], None)
+    with Reads() as reads:
+        vocabulary.begin_step([batch], [], None)
+        rows = table.item_rows.rows(ids)
+    assert reads.places == {"item_rows.py:take_in _local_scalar_dense": 1}
+    assert sorted(rows.tolist()) == [1] * 21 + list(range(2, 21)), "19 rows of their own"
+    assert vocabulary.report()["oov_labels"] == 11 / 30
+
+
+def test_rows_are_those_of_torchrec() -> None:
+    rows, generator = ManagedRows(60, 20, "lru", 1.0, every=1), torch.Generator().manual_seed(0)
+    from torchrec.sparse.jagged_tensor import JaggedTensor
+
+    for _ in range(5):
+        ids = torch.randint(1, 61, (16,), generator=generator)
+        rows.take_in(ids)
+        wanted = torch.arange(1, 61)
+        slots = rows.module.remap({"item": JaggedTensor(wanted, lengths=torch.tensor([60]))})["item"].values()
+        assert torch.equal(rows.rows(wanted), 20 - slots)
+    assert rows.rows(torch.tensor([[0, 1], [2, 0]], dtype=torch.int32))[[0, 1], [0, 1]].tolist() == [0, 0]
 
 
 def test_told_in_every_step_and_at_validation(finished: Path) -> None:
