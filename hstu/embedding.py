@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hstu.config import LossConfig
 from hstu.counted_rank import counted_rank
+from hstu.data.predicted import Predicted
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rank_and_topk import rank, topk
 from kernels.sampled_softmax import bank_softmax, sampled_softmax
@@ -59,12 +60,14 @@ class ItemTable(nn.Module, ABC):
         """Modules whose parameters are embedding tables of ids."""
         return [self]
 
-    def for_loss(self, labels: Tensor, weights: Tensor | None) -> tuple[ItemTable, Tensor, Tensor | None]:
-        """Of a training step with labels [L] and weights [L] of its positions: the table that the loss scores, the
-        labels as ids of it, and the weights."""
-        return self, labels, weights
+    def for_loss(self, predicted: Predicted) -> tuple[ItemTable, Predicted]:
+        """Of what a training step predicts: the table that the loss scores, and the positions that count, with labels
+        that are ids of it."""
+        return self, predicted
 
-    def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:  # noqa: B027
+    def expect(  # noqa: B027
+        self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None, every: Tensor | None = None
+    ) -> None:
         """Says what the step that begins will score, so that one exchange between ranks fetches all of its rows.
 
         The next :meth:`lookup` is then that of the step's events, and ``loss`` follows, with these arguments. A table

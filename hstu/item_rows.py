@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from hstu.config import LossConfig
 from hstu.config_embedding import EmbeddingConfig
+from hstu.data.predicted import Predicted
 from hstu.distributed import World
 from hstu.embedding import ItemTable
 from hstu.errors import UserError
@@ -62,9 +64,10 @@ class ItemRows(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Scores and items [B, k], see :meth:`hstu.embedding.ItemTable.topk`. table: of the rows."""
 
-    def for_loss(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rows of the labels [L] of a training step, and the weights [L] of the positions."""
-        return self.rows(labels), weights
+    def for_loss(self, predicted: Predicted) -> Predicted:
+        """What of a training step's positions counts, with the rows of their labels."""
+        every = self.rows(predicted.every)
+        return replace(predicted, labels=predicted.of(every), every=every)
 
 
 class HashedRows(ItemRows):
@@ -263,12 +266,12 @@ class ManagedRows(ItemRows):
         found[0], found[UNKNOWN] = 0.0, self.num_items - (live - 1)
         return found
 
-    def for_loss(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def for_loss(self, predicted: Predicted) -> Predicted:
         """Positions whose label has no row do not count: the row for all others would learn to be the next item of
-        everybody, and every one of them would rank above items that are known."""
-        rows = self.rows(labels)
-        known = (rows != UNKNOWN).float()
-        return rows, known if weights is None else weights * known
+        everybody, and every one of them would rank above items that are known. To know them waits for the device."""
+        found = super().for_loss(predicted)
+        known = (found.labels != UNKNOWN).nonzero()[:, 0]
+        return found if len(known) == len(found.labels) else found.at(known)
 
     @torch.no_grad()
     def take_in(self, ids: Tensor) -> Tensor:
@@ -337,11 +340,14 @@ class MappedTable(ItemTable):
     def embeddings(self) -> list[nn.Module]:
         return self.rows.embeddings()
 
-    def for_loss(self, labels: Tensor, weights: Tensor | None) -> tuple[ItemTable, Tensor, Tensor | None]:
-        return self._live(), *self.item_rows.for_loss(labels, weights)
+    def for_loss(self, predicted: Predicted) -> tuple[ItemTable, Predicted]:
+        return self._live(), self.item_rows.for_loss(predicted)
 
-    def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:
-        self._live().expect(self.item_rows.rows(labels), loss, seed, rows)
+    def expect(
+        self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None, every: Tensor | None = None
+    ) -> None:
+        bank = None if every is None else self.item_rows.rows(every)
+        self._live().expect(self.item_rows.rows(labels), loss, seed, rows, bank)
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self.rows.lookup(self.item_rows.rows(ids))

@@ -122,11 +122,13 @@ class ShardedItemTable(ItemTable):
         finally:
             self._given = None
 
-    def expect(self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None) -> None:
+    def expect(
+        self, labels: Tensor, loss: LossConfig, seed: int, rows: Tensor | None = None, every: Tensor | None = None
+    ) -> None:
         self._rows = None
         if self._given is not None:
             return
-        self._expected = scored_by(loss, self.world, labels, rows, self.num_live, seed)
+        self._expected = scored_by(loss, self.world, labels, rows, self.num_live, seed, every)
 
     def lookup(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)

@@ -257,9 +257,11 @@ def scored_bank(positions: Positions, labels: Tensor, bank_ids: Tensor | None, b
 
 
 def scored_by(
-    loss: LossConfig, world: World, labels: Tensor, rows: Tensor | None, num_items: int, seed: int
+    loss: LossConfig, world: World, labels: Tensor, rows: Tensor | None, num_items: int, seed: int,
+    every: Tensor | None = None,
 ) -> Scored:  # fmt: skip
-    """What this rank scores for ``loss`` in a step. labels: [L], rows: [L] int64 or None, as the loss gets them."""
+    """What this rank scores for ``loss`` in a step. labels: [L], rows: [L] int64 or None, every: labels of
+    all positions or None, as the loss gets them."""
     block = Block.of(num_items + 1, world.rank, world.size)
     positions = Positions.of(world, len(labels))
     if loss.name == "sampled_softmax":
@@ -284,7 +286,7 @@ def scored_by(
         bank_ids = draw_bank(num_items, loss.num_negatives, seed, labels.device)
     else:
         assert loss.name == "in_batch", loss.name
-        bank_ids = all_labels.unique()
+        bank_ids = (all_labels if every is None else world.gather(every.long())).unique()
     return scored_bank(positions, all_labels, bank_ids, block)
 
 

@@ -25,6 +25,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.streamable import Pipelineable
 
 from hstu.data.batches import Batch
+from hstu.data.predicted import Predicted
 from hstu.errors import UserError
 from hstu.item_rows import ItemRows, ManagedRows, MappedTable
 from hstu.model.retrieval import NEGATIVES_SEED, RetrievalModel
@@ -167,15 +168,17 @@ class Pipeline:
             batch, table, loss = share.batch, self.table, self.model.loss_config
             assert loss is not None
             own_seed = derive(seed, NEGATIVES_SEED)
-            ids, labels, num_live = self._mapped(batch)
-            scored = scored_by(loss, table.world, labels, batch.random_rows, num_live, own_seed)
+            ids, predicted, num_live = self._mapped(batch)
+            scored = scored_by(
+                loss, table.world, predicted.labels, predicted.random_rows, num_live, own_seed, predicted.every
+            )
             yield _Batch(table.keyed(ids, scored.ids), scored, step_input, seed)
 
-    def _mapped(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Rows [L] of the inputs and of the labels of the batch that enters, and how many rows are in use then."""
-        rows = self.ahead
+    def _mapped(self, batch: Batch) -> tuple[Tensor, Predicted, int]:
+        """Rows [L] of the inputs of the batch that enters, what counts of it, and how many rows are in use then."""
+        rows, predicted = self.ahead, batch.predicted()
         if rows is None:
-            return batch.item_ids, batch.labels, self.table.num_items
+            return batch.item_ids, predicted, self.table.num_items
         if isinstance(rows, ManagedRows):
-            rows.take_in(self.table.world.gather(batch.predicted_items))
-        return rows.rows(batch.item_ids), rows.rows(batch.labels), rows.num_live
+            rows.take_in(self.table.world.gather(predicted.labels))
+        return rows.rows(batch.item_ids), rows.for_loss(predicted), rows.num_live

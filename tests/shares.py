@@ -105,6 +105,8 @@ def share_of(batch: Batch, users: Sequence[int]) -> Batch:
     rows = torch.from_numpy(rows_of(lengths, chosen))
     names = ("item_ids", "timestamps", "request_times", "labels", "weights", "actions")
     parts = {n: None if getattr(batch, n) is None else getattr(batch, n)[rows] for n in names}
+    if batch.counted is not None:
+        parts["counted"] = torch.isin(rows, batch.counted).nonzero()[:, 0]
     return dataclasses.replace(
         batch, offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[chosen])])).long(),
         users=batch.users[torch.from_numpy(chosen)], random_rows=rows, **parts,

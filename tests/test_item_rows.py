@@ -13,6 +13,7 @@ from torch import Tensor
 from hstu.config import LossConfig
 from hstu.config_embedding import EmbeddingConfig
 from hstu.data.order import mix64
+from hstu.data.predicted import Predicted
 from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import has_torchrec
@@ -224,10 +225,13 @@ def test_recommended_are_the_best_unseen_items(kind: str) -> None:
 @needs_torchrec
 def test_a_step_trains_on_rows_in_use_and_on_labels_that_have_one() -> None:
     table = make_table("managed")  # rows 1..5 of 6 are in use
-    inner, labels, weights = table.for_loss(torch.tensor([3, 1, 20]), torch.tensor([0.5, 0.5, 1.0]))
-    assert inner is table.rows and labels.tolist() == table.item_rows.rows(torch.tensor([3, 1, 20])).tolist()
-    assert weights is not None and weights.tolist() == [0.5, 0.0, 1.0]
-    queries = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    every = torch.tensor([3, 1, 20])
+    inner, found = table.for_loss(Predicted(every, every, torch.tensor([0.5, 0.5, 1.0])))
+    labels = found.labels
+    assert inner is table.rows and labels.tolist() == table.item_rows.rows(every[[0, 2]]).tolist()
+    assert found.weights is not None and found.weights.tolist() == [0.5, 1.0]
+    assert [found.places.tolist(), found.random_rows.tolist()] == [[0, 2], [0, 2]]  # type: ignore[union-attr]
+    queries = torch.randn(2, 4, generator=torch.Generator().manual_seed(2))
     for name in ("sampled", "full"):
         loss = inner.full_softmax(queries, labels)
         if name == "sampled":

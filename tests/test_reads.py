@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 
 from hstu.config import Config, LossConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
+from hstu.data.batches import Batch
+from hstu.data.share import Share
 from hstu.data.store import SequenceStore
 from hstu.distributed import World
 from hstu.feature_tables import has_torchrec
 from hstu.progress import Display
 from hstu.runs import open_store
 from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
-from hstu.train import Trainer
+from hstu.train import StepInput, Trainer
 from tests.ranks import run_ranks
 from tests.reads import Reads
 from tests.test_ranking_train import make_config as make_ranking_config
@@ -33,15 +36,21 @@ ONCE = {"train.py:_exchange tolist": 1}
 TORCHREC = ("_fetch", "_lookup_keyed")
 
 
-def reads_of_a_step(config: Config, store_path: Path) -> Counter[str]:
-    """In the second step, as in the first one torchrec learns what it keeps."""
+def reads_of_a_step(config: Config, store_path: Path, half: bool = False) -> Counter[str]:
+    """In the second step, as in the first one torchrec learns what it keeps. half: every other position counts."""
     trainer = Trainer(config, SequenceStore.open(store_path), Path(config.run.dir or ""), Display(False, shown=False))
     trainer._step(trainer._make_input(0, 0))
     step_input = trainer._make_input(0, 1)
+    if half:
+        step_input = StepInput([(with_half(share), plan) for share, plan in step_input.parts])
     with Reads() as reads:
         trainer._step(step_input)
     trainer.saver.close()
     return reads.places
+
+
+def with_half(share: Share[Batch]) -> Share[Batch]:
+    return replace(share, batch=replace(share.batch, counted=torch.arange(0, share.batch.num_events, 2)))
 
 
 def at_the_device(places: Counter[str], *apart: str) -> dict[str, int]:
@@ -70,7 +79,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("case", ["retrieval", "accumulated", "ranking"])
+@pytest.mark.parametrize("case", ["retrieval", "half", "accumulated", "ranking"])
 def test_a_step_reads_once(case: str, num_ranks: int, stores: dict[str, Path], tmp_path: Path) -> None:
     if case == "ranking":
         config = make_ranking_config(tmp_path, run_batch_users=5)
@@ -78,7 +87,7 @@ def test_a_step_reads_once(case: str, num_ranks: int, stores: dict[str, Path], t
         optim = OptimConfig(clip_norm=0.5, average_decay=0.9, accumulate_steps=1 + (case == "accumulated"))
         config = make_config(tmp_path, optim=optim)
     store = stores["ranking" if case == "ranking" else "retrieval"]
-    for places in run_ranks(num_ranks, reads_of_a_step, narrow(tmp_path / "run", config), store):
+    for places in run_ranks(num_ranks, reads_of_a_step, narrow(tmp_path / "run", config), store, case == "half"):
         assert at_the_device(places) == ONCE
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hstu.config import StochasticLengthConfig
+from hstu.data.predicted import Predicted
 from hstu.data.random_rows import rows_of
 from hstu.data.sharded_store import JoinedColumn
 from hstu.data.share import Ranks, Share
@@ -49,6 +50,7 @@ class Batch:
         actions: [L] float32 or None. Action value of each input event.
         random_rows: [L] int64 or None. Where each event stands in the batch of all ranks, by which random numbers are
             drawn; None: 0..L-1.
+        counted: [n] int64, ascending. Positions that the loss scores; None: all. The others are only read.
     """
 
     offsets: Tensor
@@ -61,6 +63,7 @@ class Batch:
     weights: Tensor | None = None
     actions: Tensor | None = None
     random_rows: Tensor | None = None
+    counted: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the copy does not block where the memory is pinned."""
@@ -77,7 +80,12 @@ class Batch:
     @property
     def predicted_items(self) -> Tensor:
         """[n] int64. Labels of the positions that count."""
-        return self.labels if self.weights is None else self.labels[self.weights != 0]
+        return self.predicted().labels
+
+    def predicted(self) -> Predicted:
+        """What the loss scores."""
+        every = Predicted(self.labels, self.labels, self.weights, self.random_rows)
+        return every if self.counted is None else every.at(self.counted)
 
 
 class JoinedRows:
@@ -99,12 +107,14 @@ class EventColumns:
         if event_weights == "actions" and store.actions is None:
             raise UserError(f"loss.event_weights=actions: the store {store.path} has no actions; use none")
         self.weight_scale: float | None = None
+        self.has_zero_weights = False
         if event_weights == "actions":
             assert store.actions is not None
             mean = float(np.mean(store.actions, dtype=np.float64)) if len(store.actions) else 1.0
             if not np.isfinite(mean) or mean <= 0:
                 raise UserError(f"loss.event_weights=actions: the mean action is {mean}, expected > 0; use none")
             self.weight_scale = 1.0 / mean
+            self.has_zero_weights = bool(np.count_nonzero(store.actions) < len(store.actions))
         columns = [store.item_ids, store.timestamps, store.actions]
         size = sum(c.nbytes for c in columns if c is not None)
         self.device = torch.device("cpu")
@@ -149,11 +159,13 @@ class EventColumns:
         rows = rows.to(self.device)
         assert self.item_ids is not None and self.timestamps is not None
         items, times = self.item_ids, self.timestamps
-        weights = actions = None
+        weights = actions = counted = None
         if self.actions is not None:
             actions = self.actions[rows]
             if self.weight_scale is not None:
                 weights = self.actions[rows + 1] * self.weight_scale
+                if self.has_zero_weights:  # only whoever makes batches waits for the device, where they are made on one
+                    counted = weights.nonzero()[:, 0]
         batch = Batch(
             offsets=offsets,
             item_ids=items[rows].long(),
@@ -164,6 +176,7 @@ class EventColumns:
             max_len=int(lengths.max()) if len(lengths) else 0,
             weights=weights,
             actions=actions,
+            counted=counted,
         )
         return batch if self.output_device == self.device else batch.to(self.output_device)
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hstu.config import Config
 from hstu.data.batches import Batch, EventColumns, cut_batches
@@ -211,14 +212,24 @@ class DayBatches:
         mine, work = ranks.divide(lengths)
         batch = self._columns.gather(users[mine], first_rows[mine], lengths[mine])
         skipped = predicted - 1 - first_rows  # inputs of a piece before the first one that is trained on
-        place = np.arange(batch.num_events) - np.repeat(np.cumsum(lengths[mine]) - lengths[mine], lengths[mine])
-        weights = torch.from_numpy((place >= np.repeat(skipped[mine], lengths[mine])).astype(np.float32))
-        weights = weights.to(batch.item_ids.device)
-        batch = replace(batch, weights=weights if batch.weights is None else weights * batch.weights)
+        batch = replace(batch, counted=_counted(batch, lengths[mine], skipped[mine]))
         if ranks.size > 1:
             places = torch.from_numpy(rows_of(lengths, mine)).to(batch.item_ids.device)
             batch = replace(batch, random_rows=places, max_len=int(lengths.max()))
         return Share(batch, int((lengths - skipped).sum()), work)
+
+
+def _counted(batch: Batch, lengths: np.ndarray, skipped: np.ndarray) -> Tensor | None:
+    """``counted`` of a batch of pieces of ``lengths`` [B], of whose inputs the first ``skipped`` [B] are only read."""
+    if not skipped.any():
+        return batch.counted
+    ends = np.cumsum(lengths)
+    places = torch.from_numpy(joined_ranges(ends - lengths + skipped, lengths - skipped).astype(np.int64))
+    places = places.to(batch.item_ids.device)
+    if batch.counted is None:
+        return places
+    assert batch.weights is not None
+    return places[batch.weights[places] != 0]
 
 
 def plan_day(day: Day, max_len: int, seed: int, batch_users: int, batch_tokens: int | None) -> DayPlan:

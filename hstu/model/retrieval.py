@@ -18,7 +18,7 @@ from hstu.item_rows import MappedTable, make_item_rows
 from hstu.model.encoder import make_encoder
 from hstu.model.losses import make_loss
 from hstu.model.mixture import MixtureTable
-from hstu.model.shares import reached
+from hstu.model.shares import reached, several
 from hstu.seeding import derive
 from kernels.attention import AttentionPlan
 
@@ -75,13 +75,20 @@ class RetrievalModel(nn.Module):
 
         With several ranks ``batch`` is this rank's share, which may be empty, and ``seed`` is the same on all, which
         call this alike. The loss is this rank's part: the parts, and their gradients, sum to those of one rank.
+
+        Positions that do not count are encoded, as others see them, but not scored. Where none does, the loss is 0.
+
+        Raises ValueError for an empty batch on one rank.
         """
         assert self.loss_fn is not None and self.loss_config is not None
-        own_seed, rows = derive(seed, NEGATIVES_SEED), batch.random_rows
-        table, labels, weights = self.table.for_loss(batch.labels, batch.weights)
-        table.expect(labels, self.loss_config, own_seed, rows)
-        queries = self.encode(batch, plan, derive(seed, DROPOUT_SEED))
-        loss = self.loss_fn(queries, labels, weights, table, own_seed, rows, world)
+        if batch.num_events == 0 and not several(world):
+            raise ValueError("batch has no event: expected at least one")
+        own_seed = derive(seed, NEGATIVES_SEED)
+        table, predicted = self.table.for_loss(batch.predicted())
+        labels, every, rows = predicted.labels, predicted.every, predicted.random_rows
+        table.expect(labels, self.loss_config, own_seed, rows, every)
+        queries = predicted.of(self.encode(batch, plan, derive(seed, DROPOUT_SEED)))
+        loss = self.loss_fn(queries, labels, predicted.weights, table, own_seed, rows, world, every)
         return reached(loss, self, self.tables(), batch.num_events, world)
 
     def tables(self) -> list[nn.Module]:

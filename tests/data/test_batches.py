@@ -88,6 +88,18 @@ def test_weights_are_actions_over_their_mean(store):
     assert batch.weights.tolist() == pytest.approx([float(store.actions[r]) / mean for r in rows])
 
 
+def test_positions_of_weight_zero_do_not_count(tmp_path, store):
+    actions = np.arange(sum(LENGTHS), dtype=np.float32) % 3
+    zeros = small_store(tmp_path / "zeros", LENGTHS, actions=actions)
+    batch = batches(zeros, event_weights="actions", batch_users=10).batch(0, 0)
+    rows = [np.flatnonzero(zeros.timestamps == t)[0] for t in batch.request_times.tolist()]
+    expected = [place for place, row in enumerate(rows) if row % 3]
+    assert 0 < len(expected) < batch.num_events and batch.counted.tolist() == expected
+    assert batch.predicted_items.tolist() == batch.labels[expected].tolist()
+    assert batches(store, event_weights="actions", batch_users=10).batch(0, 0).counted is None
+    assert batches(zeros, batch_users=10).batch(0, 0).counted is None
+
+
 def test_weights_without_actions_are_refused(tmp_path):
     with pytest.raises(UserError, match="no actions"):
         EventColumns(small_store(tmp_path / "s"), None, "actions")

@@ -15,13 +15,15 @@ from hstu.data.store import SequenceStore, write_store
 DAY = 100
 
 
-def make_store(folder: Path, users: list[list[int]], first_item: int = 1) -> SequenceStore:
+def make_store(
+    folder: Path, users: list[list[int]], first_item: int = 1, actions: list[float] | None = None
+) -> SequenceStore:
     """Users by the times of their events; items are numbered through."""
     times = np.array([t for user in users for t in user], np.int64)
     offsets = np.cumsum([0, *map(len, users)])
     return write_store(
         folder, offsets=offsets, item_ids=np.arange(first_item, first_item + len(times)), timestamps=times,
-        num_items=first_item + len(times), meta={},
+        num_items=first_item + len(times), meta={}, actions=None if actions is None else np.float32(actions),
     )  # fmt: skip
 
 
@@ -95,14 +97,14 @@ def batches(store: SequenceStore, max_len: int, **values: object) -> DayBatches:
 
 
 def trained(store: SequenceStore, batch: object) -> list[tuple[int, list[int]]]:
-    """(predicted row, rows of its history) of every position with a weight; items are numbered like rows."""
+    """(predicted row, rows of its history) of every position that counts; items are numbered like rows."""
     found = []
-    offsets, weights = batch.offsets.tolist(), batch.weights.tolist()  # type: ignore[attr-defined]
+    offsets, counted = batch.offsets.tolist(), batch.counted  # type: ignore[attr-defined]
+    counts = set(range(offsets[-1]) if counted is None else counted.tolist())
     items, labels = batch.item_ids.tolist(), batch.labels.tolist()  # type: ignore[attr-defined]
     for first, end in zip(offsets, offsets[1:], strict=False):
         for place in range(first, end):
-            assert weights[place] in (0.0, 1.0)
-            if weights[place]:
+            if place in counts:
                 found.append((labels[place] - 1, [i - 1 for i in items[first : place + 1]]))
     return found
 
@@ -133,6 +135,19 @@ def test_every_event_is_trained_on_once_on_its_day(tmp_path: Path, max_len: int)
 def test_a_day_has_the_longest_history_that_fits(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [[1, 2, 3, 4, 5, 110, 120]])
     assert trained(store, batches(store, 4).share(1, 0, Ranks()).batch) == [(5, [2, 3, 4]), (6, [2, 3, 4, 5])]
+
+
+def test_what_counts_of_a_day(tmp_path: Path) -> None:
+    """Rows 0..4 and 5..7, the second day from rows 2 and 6; rows 3 and 7 have an action of 0."""
+    times, actions = [[10, 20, 110, 120, 130], [30, 140, 150]], [1.0, 1.0, 1.0, 0.0, 2.0, 1.0, 3.0, 0.0]
+    store = make_store(tmp_path / "store", times, actions=actions)
+    for event_weights, rows in (("none", [2, 3, 4, 6, 7]), ("actions", [2, 4, 6])):
+        share = batches(store, 100, event_weights=event_weights).share(1, 0, Ranks())
+        assert sorted(row for row, _ in trained(store, share.batch)) == rows
+        assert sorted(share.batch.predicted_items.tolist()) == [row + 1 for row in rows]
+        assert share.num_events == 5 and share.batch.num_events == 6  # row 1 is read, and predicted the day before
+    first = batches(store, 100).share(0, 0, Ranks()).batch
+    assert first.counted is None and first.labels.tolist() == [2]
 
 
 def test_order_is_a_function_of_seed_and_day(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ def make_full_softmax(config: LossConfig) -> Loss:
 
     def loss(
         queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
-        rows: Tensor | None = None, world: World | None = None,
+        rows: Tensor | None = None, world: World | None = None, every: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        check_weights(labels, weights, world)
+        check_weights(labels, weights)
         share = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
         # The shares are known before the pass, which lets the op make its gradients in the same pass.
         share = share / weight_of_all(share, world)

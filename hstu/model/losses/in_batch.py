@@ -14,17 +14,18 @@ from hstu.model.losses._mean import Loss, check_weights, weighted_mean
 def make_in_batch(config: LossConfig) -> Loss:
     """Label against the labels of all other positions, on all ranks, each as often as it occurs, but copies of it.
 
-    The bank holds every distinct label once: c copies of an item add log c to its logit, which is the same
-    sum. With ``logq_correction`` the log of its frequency, c / L, is subtracted from every logit, the
-    label's included (Yi et al. 2019); in the bank, log c cancels against it.
+    The bank holds every distinct label once, those of positions that do not count too: c copies of an item add
+    log c to its logit, which is the same sum. With ``logq_correction`` the log of its frequency, c / L, is
+    subtracted from every logit, the label's included (Yi et al. 2019); in the bank, log c cancels against it.
     """
 
     def loss(
         queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
-        rows: Tensor | None = None, world: World | None = None,
+        rows: Tensor | None = None, world: World | None = None, every: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        check_weights(labels, weights, world)
-        every = labels if world is None else world.gather(labels)
+        check_weights(labels, weights)
+        every = labels if every is None else every
+        every = every if world is None else world.gather(every)
         bank_ids, counts = every.unique(return_counts=True)  # ascending
         log_count = counts.float().log()  # [K]
         if config.logq_correction:

@@ -17,9 +17,9 @@ def make_sampled_softmax(config: LossConfig) -> Loss:
 
     def loss(
         queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
-        rows: Tensor | None = None, world: World | None = None,
+        rows: Tensor | None = None, world: World | None = None, every: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        check_weights(labels, weights, world)
+        check_weights(labels, weights)
         extra = None
         if isinstance(table, MixtureTable):
             losses, extra = table.loss_parts(

@@ -33,9 +33,9 @@ def make_shared_bank(config: LossConfig) -> Loss:
 
     def loss(
         queries: Tensor, labels: Tensor, weights: Tensor | None, table: ItemTable, seed: int,
-        rows: Tensor | None = None, world: World | None = None,
+        rows: Tensor | None = None, world: World | None = None, every: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        check_weights(labels, weights, world)
+        check_weights(labels, weights)
         size = config.num_negatives
         bank_ids = draw_bank(table.num_live, size, seed, labels.device)  # [K]
         log_q = None
