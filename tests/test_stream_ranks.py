@@ -126,6 +126,9 @@ def test_sharded_managed_tables_stream_as_local_ones(log: tuple[Config, StreamCo
     assert ended(2, sharded, stream) == {""}
     assert_same_stream(root / "local", root / "sharded")
     assert any(line.get("evictions", 0) > 0 for line in logged(root / "sharded"))
+    pipelined = narrow(config, root / "pipelined", kind="sharded", sharding="row_wise", pipeline=True, **rows)
+    assert ended(2, pipelined, stream) == {""}
+    assert losses(root / "pipelined") == losses(root / "sharded")
 
 
 def arrive(folder: Path, number: int) -> None:
