@@ -148,8 +148,8 @@ def loss_transfers(config: PlanConfig, work: Workload) -> list[Transfer]:
     """Queries of all GPUs go to every GPU, which scores its own rows; what the sharded losses do."""
     network, row = Network(config), FLOAT * config.model.dim
     everyone = work.tokens * config.cluster.gpus
-    # Beside the label the row that numbers a draw; for in_batch the label once more, to count it.
-    known = 2 if config.loss.name in ("sampled_softmax", "in_batch") else 1
+    # Beside the label the row that numbers a draw; for in_batch the labels of the bank and, to count them, once more.
+    known = {"sampled_softmax": 2, "in_batch": 3}.get(config.loss.name, 1)
     parts = [
         network.all_gather("labels", everyone * INT64 * known, 2),
         network.all_gather("queries", everyone * row),

@@ -42,10 +42,10 @@ def map_bytes(config: PlanConfig, work: Workload) -> float:
 
 
 def mapped_bytes(config: PlanConfig, work: Workload) -> float:
-    """Rows of the ids of a batch, which are kept in the ids' place; whether labels count."""
+    """Rows of the ids of a batch, beside the ids."""
     if config.ranking is not None:
         return work.events * INT64
-    return work.tokens * (2 * INT64 + FLOAT * (config.embedding.ids == "managed"))
+    return work.tokens * 2 * INT64
 
 
 def map_workspace(config: PlanConfig, work: Workload) -> float:
