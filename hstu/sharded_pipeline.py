@@ -127,6 +127,7 @@ class Pipeline:
         self._waiting.clear()
         if isinstance(self.item_rows, ManagedRows):
             self.ahead = copy.deepcopy(self.item_rows)
+            self._kept = self.ahead.waiting  # the copy lets go of it while the pipeline's stream may still read it
         self._batches = self._make_batches()  # a new object: the pipeline remembers that the last one ended
         if not self.attached:
             self.pipeline.attach()
