@@ -70,8 +70,8 @@ class ItemTable(nn.Module, ABC):
     ) -> None:
         """Says what the step that begins will score, so that one exchange between ranks fetches all of its rows.
 
-        The next :meth:`lookup` is then that of the step's events, and ``loss`` follows, with these arguments. A table
-        that is whole on this rank needs no telling.
+        The next :meth:`lookup` is then that of the step's events, and ``loss`` follows, with these arguments: those of
+        :class:`hstu.model.losses._mean.Loss`. A table that is whole on this rank needs no telling.
         """
 
     @abstractmethod
