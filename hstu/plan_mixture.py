@@ -87,16 +87,23 @@ def block_rows(config: PlanConfig) -> int:
 def mixture_memory(config: PlanConfig, work: Workload) -> tuple[float, float]:
     """Kept, and needed while it runs.
 
-    Where positions come in several blocks each is scored again; ids are kept, and the weights of all pairs, of which
-    the labels' are a view.
+    Where positions come in several blocks each is scored again, and of pairs only the ids are kept.
     """
-    m, items = config.model.mixture, config.loss.num_negatives + 1
+    items = config.loss.num_negatives + 1
     own, rows = work.tokens * query_bytes(config), min(float(block_rows(config)), work.tokens)
     block, needed = rows * items * pair_bytes(config), rows * items * pair_workspace(config)
     if rows >= work.tokens:
         return own + block, max(needed, (config.embedding.rows + 1) * config.model.dim * FLOAT)
-    weights = m.query_components * m.item_components * FLOAT
-    return own + work.tokens * items * (INT32 + weights), block + needed
+    return own + _narrow_weights(config) + work.tokens * items * INT32, block + needed
+
+
+def _narrow_weights(config: PlanConfig) -> float:
+    """Copies of the position's networks that autocast makes."""
+    m, dim, low = config.model.mixture, config.model.dim, config.activation_bytes
+    if low == FLOAT:
+        return 0.0
+    unit = m.hidden_dim * (2 * dim + m.query_components * m.dim)
+    return low * float(unit + m.gate_dim * (dim + m.query_components * m.item_components))
 
 
 def mixture_flops(config: PlanConfig, work: Workload) -> float:

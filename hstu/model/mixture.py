@@ -243,7 +243,8 @@ class MixtureTable(ItemTable):
         copies = ids == ids[:, :1]
         copies[:, 0] = False
         scores = (scores / temperature).masked_fill(copies, -torch.inf)
-        return scores.logsumexp(dim=1) - scores[:, 0], weights[:, 0]
+        # A copy: a view would keep the weights of all pairs of a block that is scored again.
+        return scores.logsumexp(dim=1) - scores[:, 0], weights[:, 0].clone()
 
     def _pair_floats(self) -> int:
         """About how many values the loss keeps for each position and item."""
