@@ -74,6 +74,10 @@ class StreamTrainer(Trainer):
                 group["first_factor"] = group["lr_factor"]
         return optimizers
 
+    def _direction(self) -> float:
+        """Nothing is selected: whatever ``run.select_metric`` is, what is latest counts."""
+        return 1.0
+
     def _decayed(self, decay: float) -> float:
         return max(self.stream.min_lr_fraction, decay**self.progress.epoch)
 
@@ -158,11 +162,11 @@ def stream_train(
     world = world or World.current(run_device(config.run.device))
     folder = world.on_first(lambda: run_folder(config))
     display = display or Display(config.run.progress, world.is_first)
+    world.on_first(lambda: _keep_settings(folder, stream))
     days = _make_days(config, stream, folder, display, world)
     number = len(days) if isinstance(days, StoreDays) else stream.days or 1  # shown, and not what ends the stream
     run = dataclasses.replace(config.run, epochs=min(number, stream.days or number))
     config = dataclasses.replace(config, run=run)
-    world.on_first(lambda: _keep_settings(folder, stream))
     trainer = StreamTrainer(config, stream, days, folder, display, world)
     try:
         trainer.run()
@@ -231,9 +235,16 @@ def _make_days(config: Config, stream: StreamConfig, folder: Path, display: Disp
 
 
 def _keep_settings(folder: Path, stream: StreamConfig) -> None:
-    """Writes ``stream.json``, or raises UserError where the run being resumed had other settings."""
+    """Writes ``stream.json``, or raises UserError where the run being resumed had other settings.
+
+    The days of a start that failed before there was a run are removed: they may be of another config.
+    """
+    from hstu.data.watch import remove_days
+
     path, values = folder / "stream.json", dataclasses.asdict(stream)
-    if path.exists():  # written before an option was there: it was as by default
+    if not (folder / "config.yaml").exists():
+        remove_days(folder / "days")
+    elif path.exists():  # written before an option was there: it was as by default
         old = dataclasses.asdict(StreamConfig()) | report.read_json(path, "delete the run folder")
         for name, value in values.items():
             if name not in FREE_ON_RESUME and old.get(name) != value:

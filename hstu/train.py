@@ -126,10 +126,7 @@ class Trainer:
         agree_on_run(world, config, store)
         self.problem = self._make_problem()
         self.split, self.data, self.model = self.problem.split, self.problem.data, self.problem.model
-        names = self.problem.metric_names
-        if config.run.select_metric not in names:
-            raise UserError(f"run.select_metric={config.run.select_metric}: expected one of {', '.join(names)}")
-        self.sign = 1.0 if self.problem.higher_is_better(config.run.select_metric) else -1.0
+        self.sign = self._direction()
         parameters = self.model.num_parameters()
         layers = spread_layers(self.model, world) if config.run.dense == "fsdp" else []
         self.optimizers = self._make_optimizers()
@@ -160,6 +157,13 @@ class Trainer:
 
     def _make_problem(self) -> Problem:
         return make_problem(self.config, self.store, self.world, self.folder)
+
+    def _direction(self) -> float:
+        """1 where a higher ``run.select_metric`` is better, else -1; raises UserError for one that is not measured."""
+        metric, names = self.config.run.select_metric, self.problem.metric_names
+        if metric not in names:
+            raise UserError(f"run.select_metric={metric}: expected one of {', '.join(names)}")
+        return 1.0 if self.problem.higher_is_better(metric) else -1.0
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         return make_optimizers(self.model, self.config, self.world)

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from hstu import stream_problem
 from hstu.config import ColumnsConfig, Config, DataConfig
 from hstu.config_ranking import ActionConfig, FeatureConfig, RankingConfig, TaskConfig
 from hstu.config_stream import StreamConfig
@@ -165,6 +166,22 @@ def test_a_watched_folder(tmp_path: Path) -> None:
     scorer = Scorer.load(folder)
     scores = scorer.score(scorer.encode(scorer.history(user=0)), np.arange(1, 4))
     assert scores["click"].shape == (3,)
+
+
+def test_days_of_a_start_that_failed_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose codes, columns and histories may be of other options."""
+    arrive(tmp_path / "in", 1)
+    stream = StreamConfig(watch=str(tmp_path / "in"), item_rows=200, settle_s=0, timeout_s=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_problem, "RankingDayBatches", Mock(side_effect=UserError("wrong")))
+        with pytest.raises(UserError, match="wrong"):
+            stream_train(watch_config(tmp_path), stream)
+    features = {"tab": FeatureConfig(hash_rows=9)}
+    config = watch_config(tmp_path, event_features=features)
+    run = dataclasses.replace(config.run, select_metric="ndcg@10")  # nothing is selected
+    folder = stream_train(dataclasses.replace(config, run=run), dataclasses.replace(stream, item_rows=300))
+    store = SequenceStore.open(folder / "days" / "2026-03-01")
+    assert store.meta["hashed"] == {"tab": 9} and store.num_items == 300 and sorted(store.columns) == ["tab", "watch_s"]
 
 
 def test_a_day_whose_events_lie_on_others_is_passed_over(tmp_path: Path) -> None:

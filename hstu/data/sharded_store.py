@@ -214,5 +214,6 @@ def finish_shards(writer: StoreWriter, num_shards: int, meta: dict[str, Any]) ->
     }
     if split["kind"] == "global-time":
         make_split(ShardedStore(writer.folder, whole), "reference")  # raises where nobody is held out
-    shutil.rmtree(writer.work)
+    work = writer.work.rename(writer.folder / ".done")  # killed halfway through it, no mark is found without its files
+    shutil.rmtree(work)
     write_meta(writer.folder, whole)

@@ -23,8 +23,9 @@ from hstu.errors import UserError
 SCHEMA_VERSION = 1
 _WORK = ".work"
 """Scratch space of a store in the making."""
-MARK_ENDING = ".done.json"
-"""Ending of the files in ``_WORK`` that say what of a store is done (:class:`hstu.data.stages.Marks`)."""
+MARK_ENDING = ".done-1.json"
+"""Ending of the files in ``_WORK`` that say what of a store is done (:class:`hstu.data.stages.Marks`). The number
+goes up when a mark stands for something else than before: what an older version has left is not gone on with."""
 RARE_ITEM = "<rare>"
 """Raw id of the rare-item bucket where raw ids are strings; -1 where they are integers."""
 
@@ -170,7 +171,15 @@ def _leftovers(path: Path) -> list[Path]:
         pid = leftover.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             found.append(leftover)
-    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    return sorted(found, key=_changed, reverse=True)
+
+
+def _changed(folder: Path) -> float:
+    """When; 0 where another process has just removed or taken over the folder."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _take_over(leftovers: list[Path], temporary: Path) -> None:

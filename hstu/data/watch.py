@@ -269,6 +269,12 @@ def read_record(folder: Path) -> dict[str, dict[str, list[str]]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"days": {}, "late": {}}
 
 
+def remove_days(folder: Path) -> None:
+    """Removes the stores of days in ``folder``; any other folder is left alone."""
+    if (folder / RECORD).exists():
+        shutil.rmtree(folder)
+
+
 @dataclass(frozen=True)
 class Merged:
     """Columns of a store, and the first row [U] of each user that is of the new day. columns: the further ones of

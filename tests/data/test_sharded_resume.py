@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hstu.data import sharded_build, sharded_store, store
+from hstu.data import sharded_build, sharded_store, stages, store
 from hstu.data.sharded_store import ShardedStore
 from hstu.data.stages import Marks
 from hstu.data.store import SequenceStore
@@ -103,6 +103,35 @@ def test_killed_again_and_while_it_finishes(tmp_path: Path, raw: Path, expected:
         found = preparation(tmp_path, raw)
     assert_same(found, expected)
     assert isinstance(found, ShardedStore) and len(found.shards) == 2
+
+
+def test_killed_while_the_work_is_removed_it_begins_anew(tmp_path: Path, raw: Path, expected: SequenceStore) -> None:
+    """Else a shard whose mark is gone would be coded again from rows that are gone, too."""
+    removing = sharded_store.shutil.rmtree
+
+    def remove_a_part(folder: Path, **options: Any) -> None:
+        if not any(folder.glob("written-00001*")):
+            return removing(folder, **options)
+        for mark in folder.glob("[wf]*"):
+            mark.unlink()
+        raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_store.shutil, "rmtree", remove_a_part)
+        killed(tmp_path, "none", lambda: preparation(tmp_path, raw))
+    found = preparation(tmp_path, raw)
+    assert_same(found, expected)
+    assert not list(found.path.glob(".*"))
+
+
+def test_what_another_version_left_is_not_gone_on_with(
+    tmp_path: Path, raw: Path, expected: SequenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = killed(tmp_path, "filtered", lambda: preparation(tmp_path, raw))
+    for module in (store, stages):
+        monkeypatch.setattr(module, "MARK_ENDING", ".done-99.json")
+    assert_same(preparation(tmp_path, raw), expected)
+    assert not left.exists()
 
 
 def test_rejects_catalogue_and_flags_are_kept(tmp_path: Path) -> None:
