@@ -124,6 +124,19 @@ def test_actions_that_are_names_are_refused(tmp_path: Path) -> None:
         watched(tmp_path)
 
 
+def test_columns_named_as_what_every_event_has(tmp_path: Path) -> None:
+    for day, rows in (("2026-03-01", "ann,a,{},2.5,home\n"), ("2026-03-02", "ann,b,{},7,home\n")):
+        text = "who,what,at,time,row\n" + rows.format(at(day, 5))
+        put(tmp_path / "in" / f"dt={day}" / "part-0.csv", text=text)
+    columns = ColumnsConfig(user="who", item="what", time="at", values=["time"], features=["row"])
+    features = {"row": FeatureConfig(hash_rows=9)}
+    ranking = RankingConfig(tasks={"watched": TaskConfig("time", "regression")}, actions={}, event_features=features)
+    config = dataclasses.replace(data_config(tmp_path), columns=columns)
+    day = WatchedDays(source(tmp_path / "in", Clock()), config, tmp_path / "days", 4, 1000, ranking).open(1)
+    assert day is not None and day.store.columns["time"].tolist() == [2.5, 7]
+    assert day.store.timestamps.tolist() == [at("2026-03-01", 5), at("2026-03-02", 5)]
+
+
 # The stream
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -37,6 +38,8 @@ RECORD = "days.json"
 DAY_S = 86_400
 _DATE = re.compile(r"(?<!\d)(\d{4})-?(\d\d)-?(\d\d)(?!\d)")
 _POLL_S = 1.0
+_COLUMN = "column."
+"""Begins the names of further columns among events at hand, beside ``user``, ``item``, ``time`` and ``row``."""
 
 
 @dataclass
@@ -231,12 +234,13 @@ class WatchedDays:
         for name, role in roles.items():
             column = rows[role]
             if name in self.hashed:
-                events[name] = np.where(column.is_null(), MISSING, _hashed(column.fill_null(""), self.hashed[name]))
+                codes = _hashed(column.fill_null(""), self.hashed[name])
+                events[_COLUMN + name] = np.where(column.is_null(), MISSING, codes)
             elif not column.dtype.is_numeric():
                 raise UserError(f"data.columns.action={self.config.columns.action}: {label} holds names, which have no "
                                 "codes in files that arrive; expected numbers")  # fmt: skip
             else:
-                events[name] = column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+                events[_COLUMN + name] = column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
         return events, rejects.reasons
 
     def _role(self, name: str) -> str:
@@ -303,15 +307,20 @@ def merge_day(before: SequenceStore | None, events: dict[str, np.ndarray], keep:
         rows = joined_ranges(before.offsets[1:] - lengths, lengths)
     offsets = np.concatenate([[0], np.cumsum(kept + added)]).astype(np.int64)
     new = joined_ranges(offsets[:-1] + kept, added)
-    further = [name for name in events if name not in ("user", "item", "time", "row")]
-    columns = {name: np.empty(offsets[-1], events[name].dtype) for name in ("item", "time", *further)}
+    wanted = ["item", "time", *(name for name in events if name.startswith(_COLUMN))]
+    columns = {name: np.empty(offsets[-1], events[name].dtype) for name in wanted}
     for name, column in columns.items():
         column[new] = events[name][order]
     if before is not None:
         history = joined_ranges(offsets[:-1], kept)
-        known = {"item": before.item_ids, "time": before.timestamps, **before.columns}
-        if before.actions is not None:
-            known["actions"] = before.actions
+        known: dict[str, Any] = {
+            "item": before.item_ids,
+            "time": before.timestamps,
+            _COLUMN + "actions": before.actions,
+        }
+        known |= {_COLUMN + name: column for name, column in before.columns.items()}
         for name, column in columns.items():
             column[history] = known[name][rows]
-    return Merged(users, offsets, columns.pop("item"), columns.pop("time"), offsets[:-1] + kept, columns)
+    items, times = columns.pop("item"), columns.pop("time")
+    further = {name.removeprefix(_COLUMN): column for name, column in columns.items()}
+    return Merged(users, offsets, items, times, offsets[:-1] + kept, further)
