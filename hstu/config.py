@@ -460,6 +460,8 @@ class Config:
         accumulate = self.optim.accumulate_steps
         _check(accumulate == 1 or not self.embedding.pipeline, "optim.accumulate_steps", accumulate,
                "1 with embedding.pipeline=true, whose steps are of one batch")  # fmt: skip
+        _check(self.ranking is None or not self.embedding.pipeline, "embedding.pipeline", True,
+               "false with a ranking model")  # fmt: skip
         _check(self.model.similarity == "dot", "model.similarity", self.model.similarity,
                "dot with embedding.kind=sharded")  # fmt: skip
 

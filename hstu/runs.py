@@ -26,8 +26,8 @@ FREE_ON_RESUME = {"dir", "epochs", "progress", "loggers", "log_every_steps", "ke
                   "save_every_steps", "save_every_minutes", "save_every_epochs", "save_in_background",
                   "ranks", "dense", "max_restarts", "timeout_s", "stop_patience_s"}  # fmt: skip
 """Fields of ``run`` that may differ between a run and its continuation."""
-FREE_EMBEDDING = {"kind", "sharding", "tables", "hbm_gib", "ddr_gib"}
-"""Fields of ``embedding`` that may: where the rows lie, not how they learn."""
+FREE_EMBEDDING = {"kind", "sharding", "tables", "hbm_gib", "ddr_gib", "pipeline"}
+"""Fields of ``embedding`` that may: where the rows lie and when they travel, not how they learn."""
 
 
 LOCAL_FIELDS = {"run.dir", "run.threads", "run.ranks", "data.root", "data.raw"}

@@ -12,10 +12,11 @@ import torch
 from hstu import checkpoint
 from hstu.config import Config, HSTUConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
+from hstu.config_ranking import RankingConfig, TaskConfig
 from hstu.errors import UserError
 from hstu.optim import WeightAverage
 from hstu.progress import Display
-from hstu.runs import open_store
+from hstu.runs import check_same, open_store
 from hstu.table_optim import Rule
 from hstu.train import Trainer
 from tests.ranks import run_ranks
@@ -263,6 +264,21 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all(stores, tmp_path):
 
 
 # Config
+
+
+def test_a_pipelined_run_goes_on_with_local_tables():
+    pipelined = EmbeddingConfig(kind="sharded", optimizer="sgd", pipeline=True)
+    local = EmbeddingConfig(optimizer="sgd")
+    old, new = (Config(model=HSTUConfig(dim=8), embedding=embedding) for embedding in (pipelined, local))
+    check_same(old, new, Path("run"))
+    with pytest.raises(UserError, match="embedding.optimizer='sgd', now 'adam'"):
+        check_same(old, dataclasses.replace(new, embedding=EmbeddingConfig(optimizer="adam")), Path("run"))
+
+
+def test_a_ranking_model_has_no_pipeline():
+    embedding = EmbeddingConfig(kind="sharded", optimizer="sgd", pipeline=True)
+    with pytest.raises(UserError, match="embedding.pipeline=True: expected false with a ranking model"):
+        Config(model=HSTUConfig(dim=8), embedding=embedding, ranking=RankingConfig(tasks={"click": TaskConfig()}))
 
 
 def test_the_pipeline_has_one_batch_a_step():
