@@ -35,8 +35,8 @@ HASHED, FIRST_DAY = "hashed", "first_day"
 folder, beside it, of the first day, whose numbers give edges and scales."""
 _PART_BYTES = 1 << 24
 """So much of a column, as float64 or text, is looked at at once."""
-_DIGIT = 16
-"""Bits of a number that one pass of :func:`sorted_values` settles."""
+_FEW_PLACES = 64
+"""Up to so many are looked for 16 bits of a number at a time, 0.5 MiB for each; more of them 8 bits at a time."""
 
 
 @dataclass(frozen=True)
@@ -329,19 +329,23 @@ def sorted_values(numbers: Any, places: np.ndarray) -> np.ndarray:
 
     Digit by digit: each pass counts the next bits of the numbers that agree with a result as far as it is known.
     """
+    bits = 16 if len(places) <= _FEW_PLACES else 8
     known, rest = np.zeros(len(places), np.uint64), places.copy()
-    for shift in range(64 - _DIGIT, -1, -_DIGIT):
+    for shift in range(64 - bits, -1, -bits):
         wanted, row = np.unique(known, return_inverse=True)
-        counts = np.zeros((len(wanted), 1 << _DIGIT), np.int64)
+        flat = np.zeros(len(wanted) << bits, np.int64)
         for part in parts(numbers):
             keys = _ascending_bits(_known(part)) >> np.uint64(shift)
-            above, digit = keys >> np.uint64(_DIGIT), (keys & np.uint64((1 << _DIGIT) - 1)).astype(np.int64)
-            for number, prefix in enumerate(wanted):
-                counts[number] += np.bincount(digit[above == prefix], minlength=1 << _DIGIT)
+            above = keys >> np.uint64(bits)
+            place = np.minimum(np.searchsorted(wanted, above), len(wanted) - 1)
+            agrees = wanted[place] == above
+            digit = (keys[agrees] & np.uint64((1 << bits) - 1)).astype(np.int64)
+            flat += np.bincount((place[agrees] << bits) + digit, minlength=len(flat))
+        counts = flat.reshape(len(wanted), -1)
         ends = counts.cumsum(axis=1)
         digits = np.array([np.searchsorted(ends[r], k, side="right") for r, k in zip(row, rest, strict=True)])
         rest -= ends[row, digits] - counts[row, digits]
-        known = (known << np.uint64(_DIGIT)) | digits.astype(np.uint64)
+        known = (known << np.uint64(bits)) | digits.astype(np.uint64)
     top = np.uint64(1 << 63)
     return np.where(known >= top, known ^ top, ~known).view(np.float64)
 

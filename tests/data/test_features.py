@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
@@ -153,13 +154,24 @@ def numbers_of_all_sizes():
     return np.concatenate([wide, rng.integers(-3, 3, 200), [0.0, -0.0, np.inf, -np.inf, NAN, NAN]])
 
 
-@pytest.mark.parametrize("part_bytes", [400, 1 << 25])
-def test_sorted_values_by_their_bits(monkeypatch, part_bytes):
+@pytest.mark.parametrize("part_bytes, few_places", [(400, 64), (1 << 25, 64), (400, 0)])
+def test_sorted_values_by_their_bits(monkeypatch, part_bytes, few_places):
     monkeypatch.setattr(features, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(features, "_FEW_PLACES", few_places)
     numbers = numbers_of_all_sizes()
     expected = np.sort(numbers[~np.isnan(numbers)])
     places = np.array([0, 1, 100, 250, 251, 252, 400, len(expected) - 1, 7, 7])
     assert sorted_values(numbers, places).tolist() == expected[places].tolist()
+
+
+def test_many_quantiles_need_little_memory():
+    numbers, shares = np.random.default_rng(0).normal(size=5000), np.arange(1, 500) / 500
+    tracemalloc.start()
+    try:
+        found, peak = quantiles(numbers, shares), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6 and found.tolist() == np.quantile(numbers, shares).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 98])
