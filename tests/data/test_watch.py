@@ -185,6 +185,8 @@ def test_days_that_were_built_are_not_built_again(tmp_path: Path) -> None:
     assert [day.label for i in range(5) if (day := days.open(i))] == [f"2026-03-0{n}" for n in (1, 2, 3, 4, 5)]
     kept = sorted(p.name for p in (tmp_path / "days").iterdir() if p.is_dir())
     assert kept == ["2026-03-01", "2026-03-04", "2026-03-05"], "the first and the last two"
+    with pytest.raises(UserError, match="2026-03-03 is not there on rank 0: expected one of the last two days"):
+        days.open(2)
     again = watched_days(tmp_path)
     write_day(tmp_path / "in", "2026-03-06", [("bob", "6", 5)])
     write_day(tmp_path / "in", "2026-03-02", [("bob", "7", 5)])
