@@ -175,8 +175,8 @@ class WatchedDays:
         if not (self.folder / label).is_dir():
             shared = ", on a disk that all machines share" if self.world.size > 1 else ""
             raise UserError(
-                f"{self.folder / label} is not there on rank {self.world.rank}: expected one of the last two days, which "
-                f"are kept{shared}; take another run.dir to start anew"
+                f"{self.folder / label} is not there on rank {self.world.rank}: expected one of the last two days, "
+                f"which are kept{shared}; take another run.dir to start anew"
             )
         store = SequenceStore.open(self.folder / label)
         first = np.load(self.folder / f"{label}.first.npy")
