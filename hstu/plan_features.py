@@ -84,15 +84,18 @@ class Features:
 
 
 def plan_features(ranking: RankingConfig, given: Mapping[str, FeaturePlanConfig]) -> Features:
-    """The features that ``ranking`` names and those that are only given.
+    """The features that ``ranking`` names and those that are only given. A name that items have already is that of an
+    event with ``event_`` before it, that of a user with ``user_``.
 
     Raises UserError for a name that is nearly one of ranking's, and for what a number cannot have.
     """
     if not ranking.use_features:
         return Features()
-    named = {name: ("item", config) for name, config in ranking.item_features.items()}
-    named |= {name: ("item", config) for name, config in ranking.event_features.items()}
-    named |= {name: ("user", config) for name, config in ranking.user_features.items()}
+    named: dict[str, tuple[str, FeatureConfig]] = {}
+    groups = {"item": ranking.item_features, "event": ranking.event_features, "user": ranking.user_features}
+    for group, features in groups.items():
+        for name, config in features.items():
+            named[f"{group}_{name}" if name in named else name] = ("user" if group == "user" else "item"), config
     tables, numbers = [], {"item": 0, "user": 0}
     for name, (owner, config) in named.items():
         if config.kind != "numeric":
@@ -115,8 +118,8 @@ def _named_table(name: str, owner: str, config: FeatureConfig, given: FeaturePla
     known = config.hash_rows
     if config.kind == "buckets":
         known = config.num_buckets
-    elif name in DERIVED:
-        known = time_feature(np.zeros(1), name, 0)[1] - 1
+    elif name.removeprefix("event_") in DERIVED:
+        known = time_feature(np.zeros(1), name.removeprefix("event_"), 0)[1] - 1
     return _table(name, owner, given, known)
 
 

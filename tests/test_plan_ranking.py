@@ -234,6 +234,13 @@ def test_tokens_of_a_planned_batch_by_hand() -> None:
         assert (work.squares, work.predicted) == (pytest.approx(2200 * tokens), pytest.approx(work.users * predicted))
 
 
+def test_features_of_one_name_are_told_apart() -> None:
+    names = {"category": FeatureConfig(hash_rows=9)}
+    ranking = RankingConfig(tasks=TASKS, item_features=names, event_features=names, user_features=names)
+    found = [(t.name, t.of, t.rows) for t in plan_features(ranking, {"user_category": FeaturePlanConfig(30)}).tables]
+    assert found == [("category", "item", 10), ("event_category", "item", 10), ("user_category", "user", 31)]
+
+
 def test_rows_of_features() -> None:
     """Given, known, assumed; one row is that of a missing value."""
     ranking = RankingConfig(tasks=TASKS, **FEATURES)
