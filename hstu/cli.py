@@ -220,7 +220,12 @@ def _with_near_key(line: str, own: Path | None) -> str:
 
     if found := re.search(r"Could not override '([\w.]+)'.* Key '(\w+)' is not in struct", line):
         *parents, key = found.group(1).split(".")
-        return _near(f"there is no option {found.group(1)}", key, _option_names(parents, own))
+        if key != found.group(2):  # inside the value
+            parents, key = [*parents, key], found.group(2)
+        group = ".".join(parents)
+        if _is_mapping(parents):
+            return f"{group} has no {key}: to add it, write '+{group}={{{key}: {{}}}}' with the options that it needs"
+        return _near(f"there is no option {'.'.join([*parents, key])}", key, _option_names(parents, own))
     found = re.search(r"Key '(\w+)' (?:is )?not in '(\w+)'", line)
     cls = getattr(config, found.group(2), None) if found else None
     if found is None or not dataclasses.is_dataclass(cls):
@@ -240,8 +245,6 @@ def _option_names(parents: list[str], own: Path | None) -> set[str]:
 
     own: a command's own file; groups that it takes from elsewhere, as it does ``model``, are those of every command.
     """
-    from hstu.config import Config
-
     if own is not None:
         import yaml
 
@@ -250,9 +253,22 @@ def _option_names(parents: list[str], own: Path | None) -> set[str]:
             values = values.get(part) if isinstance(values, dict) else None
         if isinstance(values, dict):
             return set(values) - {"defaults", "hydra"}
+    return {f.name for cls in _classes(parents) for f in dataclasses.fields(cls)}
+
+
+def _is_mapping(parents: list[str]) -> bool:
+    """Whether ``parents`` is an option that holds entries of any name, as ``["ranking", "tasks"]`` does."""
+    hints = [typing.get_type_hints(cls).get(name) for name in parents[-1:] for cls in _classes(parents[:-1])]
+    return any(typing.get_origin(hint) is dict for hint in hints)
+
+
+def _classes(parents: list[str]) -> list[type]:
+    """The configs that a group may be."""
+    from hstu.config import Config
+
     classes: list[type] = [Config]
     for part in parents:
         hints = [hint for cls in classes if (hint := typing.get_type_hints(cls).get(part)) is not None]
         members = [cls for hint in hints for cls in (typing.get_args(hint) or (hint,))]
         classes = [cls for cls in members if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
-    return {f.name for cls in classes for f in dataclasses.fields(cls)}
+    return classes

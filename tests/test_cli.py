@@ -65,6 +65,13 @@ def test_mistyped_options(said, argument, expected):
     assert expected in said(argument)
 
 
+@pytest.mark.parametrize("argument", ["ranking.user_features={age: {}}", "ranking.user_features.age={}"])
+def test_an_entry_that_is_new_is_added(said, argument):
+    line = said("ranking=movielens", "~ranking.user_features.age", argument)
+    assert line.startswith("ranking.user_features has no age: to add it, write '+ranking.user_features={age: {}}'")
+    assert said("ranking=movielens", "~ranking.user_features.age", "+ranking.user_features={age: {}}") == ""
+
+
 def test_an_option_unlike_any_other_lists_them_all(said):
     line = said("model.bias.foo=1")
     assert line.startswith("there is no option model.bias.foo; it is one of bucket_width, num_buckets, per_head")
