@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 class Display:
     """A live progress bar on a terminal; plain lines where the output is a file.
 
-    enabled: show the bar. shown: print anything at all; false on all ranks but the first.
+    enabled: show the bar. shown: print anything at all; false on all ranks but the first. by_day: epochs are days, each
+    of its own length, and nobody knows how many come.
     """
 
-    def __init__(self, enabled: bool = True, shown: bool = True) -> None:
-        self.console = Console(quiet=not shown)
+    def __init__(self, enabled: bool = True, shown: bool = True, by_day: bool = False) -> None:
+        self.console, self.by_day = Console(quiet=not shown), by_day
         self._live = enabled and shown and self.console.is_terminal
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -41,6 +42,7 @@ class Display:
             objective = f"{config.ranking.form} ranking of {', '.join(config.ranking.tasks)}"
             if config.ranking.mode == "progressive":
                 size = f"{config.ranking.batch_events:,} events in time order"
+        span = "on the first day" if self.by_day else f"an epoch, {run.epochs} epochs"
         name = str(store.meta.get("name", config.data.name))
         ranks = f" on {world.size} ranks" if world.size > 1 else ""
         without = f"{parameters['without_embeddings']:,} without embeddings"
@@ -48,7 +50,7 @@ class Display:
             f"[bold]{escape(config.experiment)}[/bold]: {model.name}, {parameters['total']:,} parameters ({without}), "
             f"{objective}, {world.device.type}{ranks}, seed {config.seed}",
             f"{escape(name)}: {len(data.users):,} users{skipped}, {store.num_items:,} items, {data.num_steps(0)} "
-            f"batches of {size} an epoch, {run.epochs} epochs, split {store.meta.get('split_hash')}",
+            f"batches of {size} {span}, split {store.meta.get('split_hash')}",
             f"run folder {escape(str(folder))}" + (f", resumed at step {global_step:,}" if global_step else ""),
         ]
         if config.kernels.autotune and world.device.type == "cuda":
@@ -61,17 +63,19 @@ class Display:
         if not self._live:
             return
         if self._bar is None:
+            unit, end = ("day", "the end of the day") if self.by_day else ("epoch", "the end")
             self._bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn(unit + " {task.fields[epoch]}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[rate]} events/s"),
-                TimeRemainingColumn(elapsed_when_finished=True), TextColumn("to the end"),
+                TimeRemainingColumn(elapsed_when_finished=True), TextColumn(f"to {end}"),
                 console=self.console, transient=True,
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task(
-                "", total=num_epochs * num_steps, completed=epoch * num_steps + step, epoch="", loss="-", rate="-"
-            )
-        self._bar.update(self._task, completed=epoch * num_steps + step, epoch=f"{epoch + 1}/{num_epochs}")
+            self._task = self._bar.add_task("", epoch="", loss="-", rate="-")
+        done, total, number = epoch * num_steps + step, num_epochs * num_steps, f"{epoch + 1}/{num_epochs}"
+        if self.by_day:
+            done, total, number = step, num_steps, str(epoch + 1)
+        self._bar.update(self._task, completed=done, total=total, epoch=number)
 
     def step(self, loss: float, events_per_s: float) -> None:
         if self._bar is not None:

@@ -161,10 +161,10 @@ def stream_train(
     stream = stream.settled(config.ranking is not None)
     world = world or World.current(run_device(config.run.device))
     folder = world.on_first(lambda: run_folder(config))
-    display = display or Display(config.run.progress, world.is_first)
+    display = display or Display(config.run.progress, world.is_first, by_day=True)
     world.on_first(lambda: _keep_settings(folder, stream))
     days = _make_days(config, stream, folder, display, world)
-    number = len(days) if isinstance(days, StoreDays) else stream.days or 1  # shown, and not what ends the stream
+    number = len(days) if isinstance(days, StoreDays) else stream.days or 1  # not what ends the stream
     run = dataclasses.replace(config.run, epochs=min(number, stream.days or number))
     config = dataclasses.replace(config, run=run)
     trainer = StreamTrainer(config, stream, days, folder, display, world)
