@@ -35,10 +35,10 @@ from hstu.data.ranking_batches import RankingBatch, make_features
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import make_optimizer
-from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
-from hstu.plan_cost import Step, plan_step
-from hstu.plan_ranking import action_bits
-from hstu.plan_work import Workload
+from hstu.planning.config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
+from hstu.planning.cost import Step, plan_step
+from hstu.planning.ranking import action_bits
+from hstu.planning.work import Workload
 
 WARM_UP_STEPS = 2
 LEAST_STEPS = 5

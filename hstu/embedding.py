@@ -1,7 +1,7 @@
 """Item tables: what losses, evaluation and recommendation ask for, wherever the rows lie.
 
 Nobody who asks assumes that a table is one tensor on this rank. The local table needs torch and our own ops only; one
-that is spread over ranks is in ``hstu/sharded.py``.
+that is spread over ranks is in ``hstu/sharded/tables.py``.
 
 Legend: ``L`` total events, ``B`` users, ``D`` model width, ``R`` negatives per position, ``K`` items of
 a shared bank, ``S`` seen items over all users.

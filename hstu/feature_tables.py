@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hstu.data.ranking_batches import Features
 from hstu.embedding import INIT_STD
 from hstu.errors import UserError
-from hstu.sharded_init import InitialValues
-from hstu.sharded_width import narrowed, own_columns, stored_width
+from hstu.sharded.initial import InitialValues
+from hstu.sharded.width import narrowed, own_columns, stored_width
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class FeatureTables(nn.Module):
         sizes: feature -> number of codes, 0 .. size - 1.
         dim: D.
         use_torchrec: None: where it can be imported.
-        sharded: the tables stay empty until ``hstu.sharded.shard`` gives each rank its part.
+        sharded: the tables stay empty until ``hstu.sharded.tables.shard`` gives each rank its part.
         dtype: of sharded tables.
         whole: features whose tables stay whole on every rank all the same (data parallel), learning as local ones.
     """

@@ -34,7 +34,7 @@ def make_optimizers(model: nn.Module, config: Config, world: World) -> list[torc
     rule, rate = table_rule(config), table_rate(config)
     whole = {p: None for module in model.tables() for p in module.parameters()}  # type: ignore[operator]
     if config.embedding.kind == "sharded":
-        from hstu.sharded import shard
+        from hstu.sharded.tables import shard
 
         fused = shard(model, config, world)
         optimizers += [] if fused is None else [fused]

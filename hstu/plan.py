@@ -21,15 +21,15 @@ from typing import Any, cast
 from hstu.cli import command, run_hydra
 from hstu.errors import UserError
 from hstu.feature_tables import has_torchrec
-from hstu.plan_config import GIB, PlanConfig, from_options
-from hstu.plan_cost import Transfer, loss_transfers, row_transfers
-from hstu.plan_memory import check_model, plan_memory
-from hstu.plan_screen import show
-from hstu.plan_search import Plan, mends, smallest_cluster
-from hstu.plan_tables import is_replicated
-from hstu.plan_torchrec import Sharding, plan_sharding
-from hstu.plan_work import Workload
-from hstu.sharded_plan import least_columns
+from hstu.planning.config import GIB, PlanConfig, from_options
+from hstu.planning.cost import Transfer, loss_transfers, row_transfers
+from hstu.planning.memory import check_model, plan_memory
+from hstu.planning.screen import show
+from hstu.planning.search import Plan, mends, smallest_cluster
+from hstu.planning.sharding import Sharding, plan_sharding
+from hstu.planning.tables import is_replicated
+from hstu.planning.work import Workload
+from hstu.sharded.plan import least_columns
 
 NOT_VALIDATED = (
     "Times are not validated on a GPU. Memory is checked on the CPU to 10 %; what a GPU's allocator adds is in the "

@@ -243,7 +243,7 @@ def load_run(
     laid = _to_serve(config, kind or (config.embedding.kind if world.size > 1 else "local"), world.device)
     model: nn.Module = build_model(laid, store)
     if laid.embedding.kind == "sharded":
-        from hstu.sharded import shard
+        from hstu.sharded.tables import shard
 
         shard(model.to(world.device), laid, world, initial=False)
     restore_model(saved, model, world)

@@ -59,7 +59,7 @@ from kernels._launch import set_autotune
 
 if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
-    from hstu.sharded_pipeline import Pipeline
+    from hstu.sharded.pipeline import Pipeline
 
 __all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
 
@@ -348,7 +348,7 @@ class Trainer:
     def _make_pipeline(self) -> Pipeline | None:
         if not self.config.embedding.pipeline:
             return None
-        from hstu.sharded_pipeline import Pipeline
+        from hstu.sharded.pipeline import Pipeline
 
         def loss(step_input: StepInput, seed: int) -> Tensor:
             ((share, plan),) = step_input.parts

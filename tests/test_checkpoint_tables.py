@@ -34,7 +34,7 @@ STEPS = 3
 
 def make(kind: str, optimizer: str, sharding: str):
     """Model and optimizers, of its table and of the rest."""
-    from hstu.sharded import ShardedItemTable, shard
+    from hstu.sharded.tables import ShardedItemTable, shard
     from hstu.table_optim import Rule, TableOptimizer
 
     config = from_dict({

@@ -53,8 +53,8 @@ class Recorder:
 
 @pytest.mark.skipif(not has_torchrec(), reason="needs torchrec")
 def test_all_that_enters_the_pipeline_is_kept_until_its_streams_have_used_it() -> None:
-    from hstu.sharded_losses import Positions, Scored
-    from hstu.sharded_pipeline import _Batch
+    from hstu.sharded.losses import Positions, Scored
+    from hstu.sharded.pipeline import _Batch
 
     ids, labels, candidates, bank, keyed = (Recorder() for _ in range(5))
     scored: Any = Scored(Positions(World(), (1,)), ids, labels, candidates, bank)  # type: ignore[arg-type]

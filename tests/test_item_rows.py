@@ -259,7 +259,7 @@ def scored_on_ranks(kind: str) -> tuple[list[float], list[list[int]], list[list[
     from hstu.config import Config, HSTUConfig
     from hstu.distributed import World
     from hstu.model.retrieval import RetrievalModel
-    from hstu.sharded import shard
+    from hstu.sharded.tables import shard
     from hstu.vocabulary import Vocabulary
 
     world = World.current()

@@ -16,12 +16,12 @@ import pytest
 from hstu.config import HSTUConfig, LossConfig
 from hstu.errors import UserError
 from hstu.feature_tables import BAGS
-from hstu.plan_config import GIB, GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
-from hstu.plan_cost import Network, compute_parts, loss_transfers, plan_step, row_transfers, transfers
-from hstu.plan_memory import plan_memory
-from hstu.plan_search import Plan, mends, smallest_cluster
-from hstu.plan_tables import shard_shape
-from hstu.plan_work import Workload
+from hstu.planning.config import GIB, GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
+from hstu.planning.cost import Network, compute_parts, loss_transfers, plan_step, row_transfers, transfers
+from hstu.planning.memory import plan_memory
+from hstu.planning.search import Plan, mends, smallest_cluster
+from hstu.planning.tables import shard_shape
+from hstu.planning.work import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = HSTUConfig(dim=256, num_blocks=4, num_heads=4, qk_dim=64, v_dim=64, max_len=1000)
@@ -194,7 +194,7 @@ def test_mends_leave_out_what_a_width_does_not_allow() -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_our_arithmetic_is_that_of_torchrecs_planner(optimizer: str) -> None:
     pytest.importorskip("torchrec")
-    from hstu.plan_torchrec import plan_sharding
+    from hstu.planning.sharding import plan_sharding
 
     config = planned(TablePlanConfig(rows=10**8, optimizer=optimizer), gpus=16)
     rows = config.with_table(sharding="row_wise")
@@ -209,7 +209,7 @@ def test_our_arithmetic_is_that_of_torchrecs_planner(optimizer: str) -> None:
 def test_a_grid_is_cut_by_columns_over_nodes_and_by_rows_in_them(gpus: int, columns: int) -> None:
     """torchrec's planner counts as much memory."""
     pytest.importorskip("torchrec")
-    from hstu.plan_torchrec import plan_sharding
+    from hstu.planning.sharding import plan_sharding
 
     config = planned(TablePlanConfig(rows=10**8, optimizer="adagrad", sharding="grid"), gpus=gpus, gpus_per_node=8)
     assert shard_shape(config) == (12_500_001, columns)  # of 10^8 and the padding, for each of 8 GPUs
@@ -247,7 +247,7 @@ def test_a_table_that_stays_whole() -> None:
 def test_torchrec_counts_narrow_state_for_narrow_rows() -> None:
     """fbgemm keeps float32: 4 bytes a row more than torchrec's planner thinks for row-wise Adagrad, less 2."""
     pytest.importorskip("torchrec")
-    from hstu.plan_torchrec import plan_sharding
+    from hstu.planning.sharding import plan_sharding
 
     config = planned(TablePlanConfig(rows=10**8, dtype="bfloat16", sharding="row_wise"), gpus=16)
     work = Workload.planned(config)
@@ -258,7 +258,7 @@ def test_torchrec_counts_narrow_state_for_narrow_rows() -> None:
 
 def test_a_table_that_torchrec_cannot_place() -> None:
     pytest.importorskip("torchrec")
-    from hstu.plan_torchrec import plan_sharding
+    from hstu.planning.sharding import plan_sharding
 
     config = planned(replace(LARGE, sharding="table_wise"), gpus=16)
     work = Workload.planned(config)

@@ -20,11 +20,11 @@ from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import make_optimizer
-from hstu.plan_config import GIB, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
-from hstu.plan_layers import layer_bytes
-from hstu.plan_losses import distinct, rectangle_width
-from hstu.plan_memory import plan_memory, saved_bytes
-from hstu.plan_work import Workload, length_shares, visible_pairs
+from hstu.planning.config import GIB, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
+from hstu.planning.layers import layer_bytes
+from hstu.planning.losses import distinct, rectangle_width
+from hstu.planning.memory import plan_memory, saved_bytes
+from hstu.planning.work import Workload, length_shares, visible_pairs
 
 ITEMS = 3000
 MODELS = {

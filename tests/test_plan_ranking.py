@@ -22,12 +22,12 @@ from hstu.data.ranking_batches import Features, RankingBatch, make_features
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.model.ranking import RankingModel
-from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, TokenForm, from_options
-from hstu.plan_cost import transfers
-from hstu.plan_features import FeaturePlanConfig, plan_features
-from hstu.plan_memory import dense_parameters, plan_memory, saved_bytes
-from hstu.plan_tables import busiest
-from hstu.plan_work import Workload, visible_pairs
+from hstu.planning.config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, TokenForm, from_options
+from hstu.planning.cost import transfers
+from hstu.planning.features import FeaturePlanConfig, plan_features
+from hstu.planning.memory import dense_parameters, plan_memory, saved_bytes
+from hstu.planning.tables import busiest
+from hstu.planning.work import Workload, visible_pairs
 from tests.test_plan_memory import allocated_peak
 
 ITEMS = 3000

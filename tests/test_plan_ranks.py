@@ -15,11 +15,11 @@ from hstu.config import LossConfig, from_dict
 from hstu.config_model import HSTUConfig
 from hstu.distributed import World
 from hstu.model.retrieval import RetrievalModel
-from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
-from hstu.plan_cost import transfers
-from hstu.plan_memory import plan_memory, saved_bytes
-from hstu.plan_tables import table_bytes
-from hstu.plan_work import Workload
+from hstu.planning.config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig
+from hstu.planning.cost import transfers
+from hstu.planning.memory import plan_memory, saved_bytes
+from hstu.planning.tables import table_bytes
+from hstu.planning.work import Workload
 from tests.ranks import run_ranks
 from tests.test_plan_memory import kept_bytes, make_batch
 
@@ -39,7 +39,7 @@ COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all_single"
 
 def step(loss_options: dict[str, Any], optimizer: str, sharding: str) -> dict[str, Any]:
     """Of one step of equal shares: bytes that this rank sends, by collective; bytes kept; bytes of table and state."""
-    from hstu.sharded import ShardedItemTable, shard
+    from hstu.sharded.tables import ShardedItemTable, shard
 
     world = World.current()
     embedding = {"kind": "sharded", "optimizer": optimizer, "sharding": sharding}
@@ -149,7 +149,7 @@ def test_column_shards_keep_a_number_for_each_part_of_a_row() -> None:
 
 def ranking_step(case: str, ranks: int) -> dict[str, Any]:
     """Of one step of a ranking model with sharded tables: bytes sent and kept by this rank, and those of its shards."""
-    from hstu.sharded import shard
+    from hstu.sharded.tables import shard
     from tests import test_plan_ranking as ranking
 
     world, config = World.current(), ranking_plan(case, ranks)

@@ -16,11 +16,11 @@ from hstu.distributed import World
 from hstu.item_rows import ManagedRows
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import WeightAverage
-from hstu.plan_config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, UpdatePlanConfig
-from hstu.plan_cost import plan_step
-from hstu.plan_memory import plan_memory
-from hstu.plan_updates import average_bytes, map_bytes, map_workspace, waiting_bytes
-from hstu.plan_work import Workload
+from hstu.planning.config import BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, UpdatePlanConfig
+from hstu.planning.cost import plan_step
+from hstu.planning.memory import plan_memory
+from hstu.planning.updates import average_bytes, map_bytes, map_workspace, waiting_bytes
+from hstu.planning.work import Workload
 from tests.ranks import run_ranks
 from tests.test_plan_memory import ITEMS, LENGTHS, MODELS, allocated_peak, kept_bytes, make_batch, planned, planned_kept
 
@@ -95,7 +95,7 @@ def test_every_gpu_has_the_map() -> None:
 
 def deferred_step(optim: dict[str, Any], ranks: int) -> dict[str, float]:
     """Bytes of the gradients that this rank keeps after two batches, and of its averages."""
-    from hstu.sharded import ShardedItemTable, shard
+    from hstu.sharded.tables import ShardedItemTable, shard
 
     world = World.current()
     embedding = {"kind": "sharded", "optimizer": "rowwise_adagrad", "sharding": "row_wise"}

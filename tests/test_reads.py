@@ -18,7 +18,7 @@ from hstu.distributed import World
 from hstu.feature_tables import has_torchrec
 from hstu.progress import Display
 from hstu.runs import open_store
-from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
+from hstu.sharded.rank import Scoring, sharded_rank, sharded_topk
 from hstu.train import StepInput, Trainer
 from tests.ranks import run_ranks
 from tests.reads import Reads
@@ -92,11 +92,11 @@ def test_a_step_reads_once(case: str, num_ranks: int, stores: dict[str, Path], t
 
 
 NEGATIVES = {
-    "sharded_losses.py:scored_negatives nonzero": 1, "sharded_losses.py:scored_negatives _local_scalar_dense": 1,
-    "sharded_losses.py:_places_and_labels nonzero": 1, "distributed.py:counts tolist": 1,
+    "losses.py:scored_negatives nonzero": 1, "losses.py:scored_negatives _local_scalar_dense": 1,
+    "losses.py:_places_and_labels nonzero": 1, "distributed.py:counts tolist": 1,
 }  # fmt: skip
 BANK = {
-    "sharded_losses.py:find_places nonzero": 1, "sharded_losses.py:_places_and_labels nonzero": 1,
+    "losses.py:find_places nonzero": 1, "losses.py:_places_and_labels nonzero": 1,
     "distributed.py:counts tolist": 1,
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_ranks_read_twice_however_many_pieces(items: int) -> None:
     how = Scoring(World(), items, False, 1e-6, 0.001, lambda ids: table[ids])
     queries, targets = torch.randn(3, 4, generator=generator), torch.tensor([1, items, 7])
     seen_ids, seen_offsets = torch.tensor([2, 3, 5]), torch.tensor([0, 1, 1, 3])
-    twice = {"sharded_rank.py:_by_piece tolist": 1, "sharded_rank.py:check _local_scalar_dense": 1}
+    twice = {"rank.py:_by_piece tolist": 1, "rank.py:check _local_scalar_dense": 1}
     with Reads() as reads:
         sharded_rank(how, queries, targets, seen_ids, seen_offsets)
     assert reads.places == twice

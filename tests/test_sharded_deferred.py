@@ -41,7 +41,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def make_shard(num_rows: int = 4):
-    from hstu.sharded_kernel import Shard
+    from hstu.sharded.kernel import Shard
 
     return Shard(torch.zeros(num_rows, 2), Rule("sgd"), 2)
 
@@ -234,7 +234,7 @@ def test_the_average_of_narrow_rows_is_wide():
 
 
 def test_a_gradient_of_rows_that_is_not_finite_stops_before_they_move(stores, tmp_path, monkeypatch):
-    from hstu.sharded import ShardedItemTable
+    from hstu.sharded.tables import ShardedItemTable
 
     lookup = ShardedItemTable.lookup
 

@@ -14,7 +14,7 @@ from hstu.distributed import World
 from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
 from hstu.runs import load_run, open_store
-from hstu.sharded_plan import TableShape, allowed_shardings
+from hstu.sharded.plan import TableShape, allowed_shardings
 from tests import test_checkpoint_tables as checkpoints
 from tests import test_sharded_losses as losses
 from tests import test_sharded_plan as plans

@@ -58,7 +58,7 @@ def bank(labels, loss, seed, num_items):
 
 def train(loss, kind, optimizer, sharding, sizes, normalize=True, steps=3, lr=0.1):
     """Losses [P] of each step, then the table and the map, as rank 0 gathers them. sizes: positions of the ranks."""
-    from hstu.sharded import ShardedItemTable, shard
+    from hstu.sharded.tables import ShardedItemTable, shard
     from hstu.table_optim import Rule, TableOptimizer
 
     world, loss = World.current(), LossConfig(**loss)
@@ -110,7 +110,7 @@ SIZES = {1: [60], 2: [35, 25], 4: [20, 0, 33, 7]}
 
 def train_in_pieces(*args):
     """With the negatives of seven positions drawn at a time."""
-    from hstu import sharded_losses
+    from hstu.sharded import losses as sharded_losses
 
     usual, sharded_losses.MAX_DRAWS = sharded_losses.MAX_DRAWS, 7 * LOSSES["sampled"]["num_negatives"]
     try:
@@ -170,7 +170,7 @@ def test_without_normalisation(loss):
     "count, stop", [(400, 30), (40, 100), (5, 10_000)], ids=["whole-block", "marked", "sorted"]
 )  # fmt: skip
 def test_places_of_ids_in_a_block(count, stop):
-    from hstu.sharded_losses import FIRST, Block, find_places
+    from hstu.sharded.losses import FIRST, Block, find_places
 
     block = Block(10, stop)
     generator = torch.Generator().manual_seed(0)
@@ -187,7 +187,7 @@ def test_places_of_ids_in_a_block(count, stop):
 
 def test_negatives_of_a_block():
     """Two positions; ids 4..7 are this rank's; a negative that is the label does not count."""
-    from hstu.sharded_losses import OTHERS, Block, Positions, scored_negatives
+    from hstu.sharded.losses import OTHERS, Block, Positions, scored_negatives
 
     labels, negatives = torch.tensor([5, 1]), torch.tensor([[5, 7, 2, 4], [4, 3, 2, 1]])
     for pieces in ([negatives], [negatives[:1], negatives[1:]]):
@@ -198,7 +198,7 @@ def test_negatives_of_a_block():
 
 
 def test_blocks_cover_the_table_once():
-    from hstu.sharded_losses import Block
+    from hstu.sharded.losses import Block
 
     blocks = [Block.of(5, rank, 4) for rank in range(4)]
     assert [(b.first, b.stop) for b in blocks] == [(0, 2), (2, 4), (4, 5), (5, 5)]

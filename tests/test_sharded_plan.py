@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hstu import sharded_init
 from hstu.config import from_dict
 from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import FeatureTables
-from hstu.sharded_init import InitialValues
-from hstu.sharded_plan import TableShape, allowed_shardings, capacity, check_device, check_memory, table_bytes
+from hstu.sharded import initial as sharded_init
+from hstu.sharded.initial import InitialValues
+from hstu.sharded.plan import TableShape, allowed_shardings, capacity, check_device, check_memory, table_bytes
 from tests.ranks import run_ranks
 
 pytest.importorskip("torchrec")
@@ -32,7 +32,7 @@ def make_config(**embedding):
 
 
 def make_sharded(world, num_items=NUM_ITEMS, **embedding):
-    from hstu.sharded import ShardedItemTable, shard
+    from hstu.sharded.tables import ShardedItemTable, shard
 
     torch.manual_seed(7)
     model = torch.nn.Module()
@@ -130,7 +130,7 @@ def test_blocks_drawn_by_several_threads_are_the_same(monkeypatch):
 
 
 def filled_at_different_speeds(folder):
-    from hstu import sharded
+    from hstu.sharded import tables as sharded
 
     fill, rank = sharded._fill, dist.get_rank()
 
@@ -313,7 +313,7 @@ def test_a_rank_lost_while_planning_is_no_lack_of_memory():
 def count_rows(loss):
     """Largest number of rows that a rank asks for beyond its events, and that it holds, in a step."""
     from hstu.config import LossConfig
-    from hstu.sharded import ShardedItemTable
+    from hstu.sharded.tables import ShardedItemTable
 
     world = World.current()
     model, tables = make_sharded(world, num_items=999)
@@ -420,7 +420,7 @@ def test_one_process_needs_no_launcher():
 def test_the_pipeline_wants_a_retrieval_model_with_a_sharded_table():
     from hstu.config import HSTUConfig
     from hstu.model.retrieval import RetrievalModel
-    from hstu.sharded_pipeline import Pipeline
+    from hstu.sharded.pipeline import Pipeline
 
     model = RetrievalModel(HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8), 5)
     with pytest.raises(

@@ -45,7 +45,7 @@ def evaluate(table, world, sizes, filtered, k, chunk_mib):
 
 
 def evaluate_sharded(sharding, sizes, filtered, k, chunk_mib, normalize):
-    from hstu.sharded import ShardedItemTable, shard
+    from hstu.sharded.tables import ShardedItemTable, shard
 
     world = World.current()
     table = torch.nn.Module()

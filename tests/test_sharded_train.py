@@ -121,7 +121,7 @@ def test_a_pipelined_run_saves_managed_rows_as_of_its_step(stores, tmp_path):
 
 def filters_in_steps(config, store):
     """Whether the process's own filters of warnings were in force whenever a batch entered the pipeline."""
-    from hstu import sharded_pipeline
+    from hstu.sharded import pipeline as sharded_pipeline
 
     found, scored_by = [], sharded_pipeline.scored_by
 

@@ -18,13 +18,13 @@ from hstu.export import item_vectors
 from hstu.feature_tables import FeatureTables
 from hstu.model.retrieval import RetrievalModel
 from hstu.plan import run as plan_and_show
-from hstu.plan_config import from_options
-from hstu.plan_memory import plan_memory
-from hstu.plan_tables import shard_shape
-from hstu.plan_work import Workload
+from hstu.planning.config import from_options
+from hstu.planning.memory import plan_memory
+from hstu.planning.tables import shard_shape
+from hstu.planning.work import Workload
 from hstu.runs import load_run, open_store
-from hstu.sharded_plan import TableShape, allowed_shardings, column_part, moved_by_fbgemm, table_bytes
-from hstu.sharded_width import stored_width, stretch_of
+from hstu.sharded.plan import TableShape, allowed_shardings, column_part, moved_by_fbgemm, table_bytes
+from hstu.sharded.width import stored_width, stretch_of
 from hstu.vocabulary import reset_rows
 from tests import test_checkpoint_tables as checkpoints
 from tests import test_sharded_losses as losses
@@ -138,7 +138,7 @@ def test_row_wise_state_is_the_mean_over_the_columns_of_the_model(optimizer, fie
 
 def rows_after_reset(optimizer):
     """Stored rows 2 and 3, as they look and their state, where they have been trained and then began anew."""
-    from hstu.sharded import shard
+    from hstu.sharded.tables import shard
 
     embedding = {"kind": "sharded", "optimizer": optimizer, "ids": "managed", "rows": 9}
     config = from_dict({"embedding": embedding, "model": {"dim": 6}})
@@ -211,7 +211,7 @@ def refusal_of_columns():
 
 @pytest.mark.parametrize("dim, columns", [(50, 52), (52, 52), (30, 32)])
 def test_hstu_plan_counts_stored_columns_as_torchrec_does(dim, columns):
-    from hstu.plan_torchrec import plan_sharding
+    from hstu.planning.sharding import plan_sharding
 
     config = plan_options(dim, "row_wise", "adagrad")
     assert shard_shape(config) == (10**8 // 8 + 1, columns)
@@ -246,7 +246,7 @@ def test_sizes_are_told_as_they_are_stored():
 
 def counted():
     """Parameters of a model with item and feature tables, before these lie on the ranks and then."""
-    from hstu.sharded import shard
+    from hstu.sharded.tables import shard
 
     config = from_dict({"embedding": {"kind": "sharded", "optimizer": "adagrad"}, "model": {"dim": DIM}})
     model = RetrievalModel(config.model, 37, embedding=config.embedding)

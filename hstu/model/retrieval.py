@@ -34,7 +34,7 @@ class RetrievalModel(nn.Module):
         num_items: vocabulary size; ids are 1..num_items.
         loss: the loss's config; None where only inference is wanted.
         embedding: where the item table lies; None: on this rank. One that is sharded is empty until
-            :func:`hstu.sharded.shard`.
+            :func:`hstu.sharded.tables.shard`.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ def make_table(config: ModelConfig, num_items: int, embedding: EmbeddingConfig |
         rows = make_table(config, item_rows.num_rows, replace(embedding, ids="exact", rows=None))
         return MappedTable(item_rows, rows)
     if embedding.sharding_of("item") != "data_parallel":
-        from hstu.sharded import ShardedItemTable
+        from hstu.sharded.tables import ShardedItemTable
 
         return ShardedItemTable(num_items, config.dim, l2_normalize=config.l2_normalize, dtype=embedding.dtype)
     if config.similarity == "mixture_of_logits":

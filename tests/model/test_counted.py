@@ -175,7 +175,7 @@ def managed_model(loss):
 
 def train_on_rank(loss, embedding, split, as_weights=False, nothing=False):
     """Losses of three steps, and the item table [V, D] before and after them. split: users of each rank."""
-    from hstu.sharded import shard
+    from hstu.sharded.tables import shard
     from hstu.table_optim import Rule, TableOptimizer
 
     world, model_config = World.current(), HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8, max_len=32)
@@ -236,7 +236,7 @@ def test_sharded_tables_stay_where_nothing_counts(loss, split):
 
 def expected_rows(loss):
     """Ids that each rank fetches for the loss of the batch, and those of its labels and all."""
-    from hstu.sharded_losses import scored_by
+    from hstu.sharded.losses import scored_by
 
     world = World.current()
     _, new = batches()

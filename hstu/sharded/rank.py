@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hstu.counted_rank import before
 from hstu.distributed import World
-from hstu.sharded_losses import Block, Positions
+from hstu.sharded.losses import Block, Positions
 from kernels._common import l2_normalize, no_autocast, rows_within
 
 PIECE = 64

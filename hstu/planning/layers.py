@@ -7,8 +7,8 @@ FuXi-Linear: S chunks of C tokens, slots = users times S C, periods of the tempo
 from __future__ import annotations
 
 from hstu.config_model import FuXiLinearConfig, HSTUConfig, ModelConfig, SASRecConfig, TransformerConfig
-from hstu.plan_config import FLOAT, INT32, INT64, PlanConfig
-from hstu.plan_work import Workload
+from hstu.planning.config import FLOAT, INT32, INT64, PlanConfig
+from hstu.planning.work import Workload
 
 BATCH_COLUMNS = 5
 """int64 numbers of a token in a batch: item, label, time, request time, row."""

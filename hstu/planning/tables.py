@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hstu.plan_config import DTYPE_BYTES, FLOAT, PlanConfig
-from hstu.plan_work import Workload
-from hstu.sharded_plan import column_part, state_bytes
-from hstu.sharded_width import stored_width
+from hstu.planning.config import DTYPE_BYTES, FLOAT, PlanConfig
+from hstu.planning.work import Workload
+from hstu.sharded.plan import column_part, state_bytes
+from hstu.sharded.width import stored_width
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from hstu.config_embedding import PLANNED, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.feature_tables import table_name
-from hstu.sharded_width import UNIT, is_padded, stored_width
+from hstu.sharded.width import UNIT, is_padded, stored_width
 from hstu.table_optim import Rule
 
 GIB = 2**30
@@ -35,7 +35,7 @@ EMB_OPTIMIZERS = {
 """Names of the optimizers in fbgemm."""
 ROWWISE = ("rowwise_adagrad", "rowwise_adam")
 FUSED_ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
-"""Those with a fused kernel on the CPU; the others run in torch there, see ``hstu/sharded_kernel.py``."""
+"""Those with a fused kernel on the CPU; the others run in torch there, see ``hstu/sharded/kernel.py``."""
 TORCHREC_NAMES = {"grid": "grid_shard"}
 """Of shardings that torchrec calls otherwise than the config."""
 
@@ -201,9 +201,9 @@ def is_deferred(optim: OptimConfig) -> bool:
 
 
 def moved_by_fbgemm(config: EmbeddingConfig, device: torch.device, dim: int) -> bool:
-    """Whether fbgemm's kernels can move the rows of tables of width ``dim``, else ``hstu/sharded_kernel.py``.
+    """Whether fbgemm's kernels can move the rows of tables of width ``dim``, else ``hstu/sharded/kernel.py``.
 
-    Padded rows of row-wise Adam are not fbgemm's, see ``hstu/sharded_width.py``, nor those of row-wise Adagrad where
+    Padded rows of row-wise Adam are not fbgemm's, see ``hstu/sharded/width.py``, nor those of row-wise Adagrad where
     they are cut into parts, of which only the last is padded.
     """
     in_parts = not {"column_wise", "grid"}.isdisjoint({config.sharding, *config.tables.values()})
@@ -229,7 +229,7 @@ def make_sharder(config: EmbeddingConfig, device: torch.device, params: dict[str
     """torchrec's sharder of EmbeddingCollections, which knows grids too, with the codecs of quantised communication."""
     from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 
-    from hstu.sharded_grid import GridSharder
+    from hstu.sharded.grid import GridSharder
 
     kind = CommType[{"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}[config.comm_dtype]]
     wanted = QCommsConfig(forward_precision=kind, backward_precision=kind)

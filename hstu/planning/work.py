@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hstu.config_model import ModelConfig
-from hstu.plan_config import EVENTS, PlanConfig, TokenForm
+from hstu.planning.config import EVENTS, PlanConfig, TokenForm
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from hstu.errors import UserError
 from hstu.item_rows import ItemRows, ManagedRows, MappedTable
 from hstu.model.retrieval import NEGATIVES_SEED, RetrievalModel
 from hstu.seeding import derive
-from hstu.sharded import ShardedItemTable
-from hstu.sharded_losses import Scored, scored_by
-from hstu.sharded_plan import quiet
+from hstu.sharded.losses import Scored, scored_by
+from hstu.sharded.plan import quiet
+from hstu.sharded.tables import ShardedItemTable
 
 if TYPE_CHECKING:
     from hstu.train import StepInput

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hstu.sharded_width import own_columns
+from hstu.sharded.width import own_columns
 from hstu.table_optim import Rule
 
 

@@ -30,10 +30,10 @@ from hstu.embedding import INIT_STD, NORM_EPS, ItemTable
 from hstu.errors import UserError
 from hstu.feature_tables import BAGS, FeatureTables, has_torchrec, make_collection, spread
 from hstu.optim import Block, table_rate, table_rule
-from hstu.sharded_init import InitialValues
-from hstu.sharded_kernel import Shard, TorchKernel
-from hstu.sharded_losses import Scored, exact_loss, scored_by
-from hstu.sharded_plan import (
+from hstu.sharded.initial import InitialValues
+from hstu.sharded.kernel import Shard, TorchKernel
+from hstu.sharded.losses import Scored, exact_loss, scored_by
+from hstu.sharded.plan import (
     ROWWISE,
     TableShape,
     fused_params,
@@ -43,8 +43,8 @@ from hstu.sharded_plan import (
     moved_by_fbgemm,
     quiet,
 )
-from hstu.sharded_rank import Scoring, sharded_rank, sharded_topk
-from hstu.sharded_width import is_padded, narrowed, own_columns, stored_width, stretch_gradients, stretch_of
+from hstu.sharded.rank import Scoring, sharded_rank, sharded_topk
+from hstu.sharded.width import is_padded, narrowed, own_columns, stored_width, stretch_gradients, stretch_of
 from hstu.table_optim import Rule
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ class FusedTables(torch.optim.Optimizer):
         self.in_torch: list[TorchKernel] = []
         """What moves rows in place of fbgemm, for each of ``kernels``; empty where fbgemm does."""
         self.stretch = 1.0
-        """Of the gradients that fbgemm sees, see ``hstu/sharded_width.py``."""
+        """Of the gradients that fbgemm sees, see ``hstu/sharded/width.py``."""
         if not by_fbgemm:
             self.in_torch = [TorchKernel(kernel, rule, dim) for kernel in self.kernels]
             for kernel, ours in zip(self.kernels, self.in_torch, strict=True):

@@ -9,12 +9,12 @@ import torch
 
 from hstu.config_embedding import PLANNED, SHARDINGS
 from hstu.feature_tables import has_torchrec
-from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
-from hstu.plan_losses import scored_rows
-from hstu.plan_memory import Memory
-from hstu.plan_tables import column_parts, is_replicated, lookups, num_shards, row_width, table_bytes
-from hstu.plan_work import Workload
-from hstu.sharded_plan import TORCHREC_NAMES, quiet
+from hstu.planning.config import FLOAT, GIB, INT64, PlanConfig
+from hstu.planning.losses import scored_rows
+from hstu.planning.memory import Memory
+from hstu.planning.tables import column_parts, is_replicated, lookups, num_shards, row_width, table_bytes
+from hstu.planning.work import Workload
+from hstu.sharded.plan import TORCHREC_NAMES, quiet
 
 TABLE = "item_table"
 TABLE_PARTS = ("table", "table optimizer", "feature tables", "their optimizer")
@@ -55,7 +55,7 @@ def plan_sharding(config: PlanConfig, work: Workload, memory: Memory) -> Shardin
         return None
     from torchrec.distributed.planner.types import PlannerError
 
-    from hstu.sharded_grid import GridSharder
+    from hstu.sharded.grid import GridSharder
 
     whole = [lookup.config for lookup in lookups(config, work) if is_replicated(lookup.config)]
     rest = memory.total - sum(part.bytes for part in memory.parts if part.name in TABLE_PARTS)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from hstu.plan_config import PlanConfig
-from hstu.plan_cost import Step, plan_step
-from hstu.plan_memory import Memory, plan_memory
-from hstu.plan_tables import is_replicated, num_shards
-from hstu.plan_work import Workload
+from hstu.planning.config import PlanConfig
+from hstu.planning.cost import Step, plan_step
+from hstu.planning.memory import Memory, plan_memory
+from hstu.planning.tables import is_replicated, num_shards
+from hstu.planning.work import Workload
 
 MOST_GPUS = 2**15
 """No larger cluster is looked for."""

@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 
 from hstu.feature_tables import BAGS
-from hstu.plan_config import FLOAT, INT32, INT64, PlanConfig
-from hstu.plan_mixture import is_mixture, mixture_memory
-from hstu.plan_ranking import head_bytes, head_workspace
-from hstu.plan_tables import is_replicated, row_width
-from hstu.plan_work import Workload
-from hstu.sharded_losses import MAX_DRAWS
+from hstu.planning.config import FLOAT, INT32, INT64, PlanConfig
+from hstu.planning.mixture import is_mixture, mixture_memory
+from hstu.planning.ranking import head_bytes, head_workspace
+from hstu.planning.tables import is_replicated, row_width
+from hstu.planning.work import Workload
+from hstu.sharded.losses import MAX_DRAWS
 from kernels._common import CACHE_MIB, MIN_ROWS
 
 DRAW_BYTES = INT32 + 2 + INT64
@@ -124,7 +124,7 @@ def _triton_loss(config: PlanConfig, work: Workload) -> LossMemory:
 
 
 def _sharded_loss(config: PlanConfig, work: Workload) -> LossMemory:
-    """Positions of all GPUs against the rows of this one (``hstu/sharded_losses.py``); all float32."""
+    """Positions of all GPUs against the rows of this one (``hstu/sharded/losses.py``); all float32."""
     gpus, row, l2 = config.cluster.gpus, FLOAT * config.model.dim, config.model.l2_normalize
     everyone, scored, count = work.tokens * gpus, scored_rows(config, work), config.loss.num_negatives
     fetched = FLOAT * row_width(config)

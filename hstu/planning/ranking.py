@@ -15,10 +15,10 @@ from hstu.config import build
 from hstu.config_ranking import RankingConfig
 from hstu.data.ranking import num_bits
 from hstu.feature_tables import BAGS
-from hstu.plan_config import FLOAT, INT64, PlanConfig
-from hstu.plan_features import OWNERS
-from hstu.plan_tables import is_replicated, row_width, values_of
-from hstu.plan_work import Workload
+from hstu.planning.config import FLOAT, INT64, PlanConfig
+from hstu.planning.features import OWNERS
+from hstu.planning.tables import is_replicated, row_width, values_of
+from hstu.planning.work import Workload
 
 BINARY_LOSS_BYTES = 2 * FLOAT + 1
 """Of a predicted event of a task: its output, its label, whether it has one."""

@@ -16,8 +16,8 @@ import torch
 from hstu.config import build
 from hstu.config_model import MODELS
 from hstu.errors import check, one_of
-from hstu.plan_config import FLOAT, GIB, INT64, PlanConfig
-from hstu.plan_layers import (
+from hstu.planning.config import FLOAT, GIB, INT64, PlanConfig
+from hstu.planning.layers import (
     batch_bytes,
     early_workspace,
     layer_bytes,
@@ -26,11 +26,11 @@ from hstu.plan_layers import (
     output_bytes,
     shared_bytes,
 )
-from hstu.plan_losses import loss_memory
-from hstu.plan_mixture import is_mixture, mixture_parameters
-from hstu.plan_ranking import batch_bytes as ranking_batch
-from hstu.plan_ranking import ranking_parameters, token_bytes
-from hstu.plan_tables import (
+from hstu.planning.losses import loss_memory
+from hstu.planning.mixture import is_mixture, mixture_parameters
+from hstu.planning.ranking import batch_bytes as ranking_batch
+from hstu.planning.ranking import ranking_parameters, token_bytes
+from hstu.planning.tables import (
     busiest,
     is_replicated,
     lookups,
@@ -40,11 +40,11 @@ from hstu.plan_tables import (
     table_bytes,
     whole_gradients,
 )
-from hstu.plan_updates import average_bytes, map_bytes, map_workspace, mapped_bytes, waiting_bytes
-from hstu.plan_work import Workload
+from hstu.planning.updates import average_bytes, map_bytes, map_workspace, mapped_bytes, waiting_bytes
+from hstu.planning.work import Workload
 
 PLANNED_MODELS = ("hstu", "sasrec", "transformer", "fuxi_linear")
-"""Encoders of which ``plan_layers.py`` and ``plan_cost.py`` know what they keep and cost."""
+"""Encoders of which ``planning/layers.py`` and ``planning/cost.py`` know what they keep and cost."""
 CACHE_ROW_BYTES, CACHE_SLOT_BYTES = 4, 16
 """fbgemm's cache of rows in host memory: its map for each row, its state for each slot (torchrec's planner counts the
 same)."""

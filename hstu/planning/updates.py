@@ -5,10 +5,10 @@ Legend: R rows of the item table, W ids that the map takes in at once, E rows th
 
 from __future__ import annotations
 
-from hstu.plan_config import FLOAT, INT64, PlanConfig
-from hstu.plan_losses import distinct, scored_rows
-from hstu.plan_tables import column_parts, is_replicated, lookups, num_shards, shard_shape
-from hstu.plan_work import Workload
+from hstu.planning.config import FLOAT, INT64, PlanConfig
+from hstu.planning.losses import distinct, scored_rows
+from hstu.planning.tables import column_parts, is_replicated, lookups, num_shards, shard_shape
+from hstu.planning.work import Workload
 
 MAP_COLUMNS = {"lru": 3, "lfu": 3, "distance_lfu": 4}
 """int64 numbers of a row in torchrec's map: item, slot, and when or how often it was seen."""

@@ -9,13 +9,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hstu.plan_config import GIB
-from hstu.plan_cost import Step, Transfer
-from hstu.plan_features import ASSUMED_ROWS
-from hstu.plan_memory import Memory, Part
-from hstu.plan_search import Mend, Plan
-from hstu.plan_tables import is_replicated
-from hstu.plan_torchrec import Sharding
+from hstu.planning.config import GIB
+from hstu.planning.cost import Step, Transfer
+from hstu.planning.features import ASSUMED_ROWS
+from hstu.planning.memory import Memory, Part
+from hstu.planning.search import Mend, Plan
+from hstu.planning.sharding import Sharding
+from hstu.planning.tables import is_replicated
 
 WIDE = 110
 """Columns from which on tables show everything."""

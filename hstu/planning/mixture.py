@@ -14,8 +14,8 @@ import torch
 
 from hstu.config import build
 from hstu.config_similarity import MixtureConfig
-from hstu.plan_config import FLOAT, INT32, PlanConfig
-from hstu.plan_work import Workload
+from hstu.planning.config import FLOAT, INT32, PlanConfig
+from hstu.planning.work import Workload
 from kernels._common import rows_within
 
 NORM_COPIES = 3.2

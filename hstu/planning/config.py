@@ -14,8 +14,8 @@ from hstu.config_embedding import EmbeddingConfig
 from hstu.config_model import MODELS, HSTUConfig, ModelConfig
 from hstu.config_ranking import RankingConfig
 from hstu.errors import UserError, check, one_of
-from hstu.plan_features import FeaturePlanConfig, Features, FeatureTable, plan_features
-from hstu.plan_features import from_options as features_from_options
+from hstu.planning.features import FeaturePlanConfig, Features, FeatureTable, plan_features
+from hstu.planning.features import from_options as features_from_options
 
 GIB = 2.0**30
 FLOAT, INT64, INT32 = 4, 8, 4

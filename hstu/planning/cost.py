@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from hstu.config_model import FuXiLinearConfig, HSTUConfig, SASRecConfig
 from hstu.feature_tables import BAGS
-from hstu.plan_config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
-from hstu.plan_layers import early_workspace, fuxi_chunks, layer_bytes, shared_bytes
-from hstu.plan_losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
-from hstu.plan_memory import dense_parameters
-from hstu.plan_mixture import is_mixture, mixture_flops, pair_bytes, query_bytes
-from hstu.plan_ranking import head_bytes, head_flops, token_bytes
-from hstu.plan_tables import (
+from hstu.planning.config import DTYPE_BYTES, FLOAT, INT64, PlanConfig
+from hstu.planning.layers import early_workspace, fuxi_chunks, layer_bytes, shared_bytes
+from hstu.planning.losses import DRAW_BYTES, bank_items, distinct, rectangle_width, scored_rows
+from hstu.planning.memory import dense_parameters
+from hstu.planning.mixture import is_mixture, mixture_flops, pair_bytes, query_bytes
+from hstu.planning.ranking import head_bytes, head_flops, token_bytes
+from hstu.planning.tables import (
     Lookup,
     busiest,
     column_parts,
@@ -32,8 +32,8 @@ from hstu.plan_tables import (
     row_width,
     whole_gradients,
 )
-from hstu.plan_updates import average_bytes, labels_of, map_moved_bytes
-from hstu.plan_work import Workload
+from hstu.planning.updates import average_bytes, labels_of, map_moved_bytes
+from hstu.planning.work import Workload
 
 BACKWARD_ATTENTION = 2.5
 """Times the forward: five products, of which two are computed again (as benchmarks/ops/attention.py counts)."""

@@ -1,0 +1,1 @@
+"""Tables of ids spread over ranks by torchrec; the only package that knows torchrec's sharding."""
