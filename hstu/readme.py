@@ -94,11 +94,12 @@ def _system(record: Record) -> str:
 
 
 def _timing(records: Sequence[Record]) -> str:
-    """One table per set of columns; every record with a timing appears."""
+    """One table per set of columns, values that are parts of others left out; every record with a timing appears."""
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for record in records:
         rows = record.timing.get("rows", [record.timing] if record.timing else [])
-        for values in rows:
+        for row in rows:
+            values = {name: value for name, value in row.items() if not isinstance(value, dict)}
             cells = [record.name, record.kind, *[_number(v) for v in values.values()]]
             tables.setdefault(tuple(values), []).append(cells)
     parts = [markdown_table(["Record", "Kind", *columns], rows) for columns, rows in tables.items()]
