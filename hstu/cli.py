@@ -223,8 +223,11 @@ def _with_near_key(line: str, own: Path | None) -> str:
         if key != found.group(2):  # inside the value
             parents, key = [*parents, key], found.group(2)
         group = ".".join(parents)
-        if _is_mapping(parents):
-            return f"{group} has no {key}: to add it, write '+{group}={{{key}: {{}}}}' with the options that it needs"
+        if (entry := _entry_type(parents)) is not None:
+            wanted = f"'+{group}={{{key}: {{}}}}' with the options that it needs"
+            return f"{group} has no {key}: to add it, write " + (
+                wanted if dataclasses.is_dataclass(entry) else f"+{group}.{key}=VALUE"
+            )
         return _near(f"there is no option {'.'.join([*parents, key])}", key, _option_names(parents, own))
     found = re.search(r"Key '(\w+)' (?:is )?not in '(\w+)'", line)
     cls = getattr(config, found.group(2), None) if found else None
@@ -256,10 +259,10 @@ def _option_names(parents: list[str], own: Path | None) -> set[str]:
     return {f.name for cls in _classes(parents) for f in dataclasses.fields(cls)}
 
 
-def _is_mapping(parents: list[str]) -> bool:
-    """Whether ``parents`` is an option that holds entries of any name, as ``["ranking", "tasks"]`` does."""
+def _entry_type(parents: list[str]) -> Any:
+    """What the entries of ``parents`` are, an option with entries of any name as ``["ranking", "tasks"]``; else None."""
     hints = [typing.get_type_hints(cls).get(name) for name in parents[-1:] for cls in _classes(parents[:-1])]
-    return any(typing.get_origin(hint) is dict for hint in hints)
+    return next((typing.get_args(hint)[1] for hint in hints if typing.get_origin(hint) is dict), None)
 
 
 def _classes(parents: list[str]) -> list[type]:

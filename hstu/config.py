@@ -444,6 +444,8 @@ class Config:
             _check(self.loss.event_weights == "none", "loss.event_weights", self.loss.event_weights, f"none {beside}")
         if self.embedding.kind == "sharded":
             self._check_sharded()
+        else:
+            self._check_local()
         if self.embedding.optimizer in ("sgd", "adagrad", "rowwise_adagrad"):
             decay = self.optim.table_weight_decay or 0.0
             _check(decay == 0.0, "optim.table_weight_decay", decay,
@@ -455,6 +457,13 @@ class Config:
             _check(self.loss.name == "sampled_softmax", "loss.name", self.loss.name, f"sampled_softmax {beside}")
             _check(self.loss.temperature == 1.0, "loss.temperature", self.loss.temperature,
                    f"1 {beside}, whose own model.mixture.temperature divides the logits")  # fmt: skip
+
+    def _check_local(self) -> None:
+        usual = EmbeddingConfig()
+        for name in ("sharding", "tables", "hbm_gib", "ddr_gib"):
+            value = getattr(self.embedding, name)
+            _check(value == getattr(usual, name), f"embedding.{name}", value,
+                   "none with embedding.kind=local, whose tables are whole; take embedding=sharded")  # fmt: skip
 
     def _check_sharded(self) -> None:
         accumulate = self.optim.accumulate_steps

@@ -72,6 +72,11 @@ def test_an_entry_that_is_new_is_added(said, argument):
     assert said("ranking=movielens", "~ranking.user_features.age", "+ranking.user_features={age: {}}") == ""
 
 
+def test_an_entry_without_options_of_its_own_has_a_value(said):
+    line = said("embedding=sharded", "embedding.tables.item=row_wise")
+    assert line.startswith("embedding.tables has no item: to add it, write +embedding.tables.item=VALUE")
+
+
 def test_an_option_unlike_any_other_lists_them_all(said):
     line = said("model.bias.foo=1")
     assert line.startswith("there is no option model.bias.foo; it is one of bucket_width, num_buckets, per_head")

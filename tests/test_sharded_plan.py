@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hstu.config import from_dict
+from hstu.config import Config, from_dict
 from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable
@@ -402,6 +402,12 @@ def test_narrow_rows_and_exchanges(embedding, error):
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         EmbeddingConfig(**options)
+
+
+@pytest.mark.parametrize("option", [{"sharding": "row_wise"}, {"tables": {"item": "grid"}}, {"hbm_gib": 8.0}])
+def test_options_of_shards_are_not_left_out_silently(option):
+    with pytest.raises(UserError, match=f"embedding.{next(iter(option))}=.*: expected none with embedding.kind=local"):
+        Config(embedding=EmbeddingConfig(**option))
 
 
 def test_a_table_that_is_not_there_is_named():
