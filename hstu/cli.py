@@ -260,7 +260,7 @@ def _option_names(parents: list[str], own: Path | None) -> set[str]:
 
 
 def _entry_type(parents: list[str]) -> Any:
-    """What the entries of ``parents`` are, an option with entries of any name as ``["ranking", "tasks"]``; else None."""
+    """What the entries of ``parents`` are, an option with entries of any name as ``["ranking", "tasks"]``, or None."""
     hints = [typing.get_type_hints(cls).get(name) for name in parents[-1:] for cls in _classes(parents[:-1])]
     return next((typing.get_args(hint)[1] for hint in hints if typing.get_origin(hint) is dict), None)
 
