@@ -58,12 +58,10 @@ class DayProblem(Problem):
 
     def open(self, index: int, stopped: Callable[[], bool]) -> Day | None:
         """The day at place ``index``, as of :meth:`Days.open`; from now on :meth:`validate` is about it."""
-        if self.day is None or self.day[0] != index:
-            found = self.days.open(index, stopped)
-            if found is None:
-                return None
+        found = self.days.open(index, stopped)
+        if found is not None:
             self.day = index, found
-        return self.day[1]
+        return found
 
     def recall(self, days: Iterable[Mapping[str, Any]]) -> None:  # noqa: B027 (retrieval needs no memory)
         """What is known of the days that were trained on before the run went on, as of ``read_days``, in order."""

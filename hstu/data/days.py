@@ -9,10 +9,11 @@ Legend: U users, P pieces, S sequences, L events in the batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -93,7 +94,8 @@ class Days(Protocol):
     store: SequenceStore
 
     def open(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Day | None:
-        """The day at place ``index``, waiting for it where days arrive; None after the last.
+        """The day at place ``index``, waiting for it where days arrive; None after the last. The one that was opened
+        last is kept.
 
         stopped: asked again and again while waiting, by all ranks together; True ends the wait with None.
         """
@@ -109,6 +111,7 @@ class StoreDays:
         parts = [np.unique((times + utc_offset_s) // day_s) for times in chunks]
         self.numbers: np.ndarray = np.unique(np.concatenate(parts))
         self._at: tuple[int, np.ndarray] | None = None  # a time, and each user's first row at or after it
+        self._opened: tuple[int, Day] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -116,11 +119,13 @@ class StoreDays:
     def open(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Day | None:
         if index >= len(self.numbers):
             return None
-        begin = int(self.numbers[index]) * self.day_s
-        start = begin - self.utc_offset_s
-        first = self._rows_from(start)
-        end = self._rows_from(start + self.day_s)
-        return Day(day_label(begin, self.day_s), self.store, first, end)
+        if self._opened is None or self._opened[0] != index:
+            begin = int(self.numbers[index]) * self.day_s
+            start = begin - self.utc_offset_s
+            first = self._rows_from(start)
+            end = self._rows_from(start + self.day_s)
+            self._opened = index, Day(day_label(begin, self.day_s), self.store, first, end)
+        return self._opened[1]
 
     def _rows_from(self, time: int) -> np.ndarray:
         low = np.asarray(self.store.offsets[:-1])
@@ -171,28 +176,44 @@ class DayPlan:
     bounds: np.ndarray
 
 
-class DayBatches:
+@dataclass(frozen=True)
+class RankingDayPlan:
+    """The sequences of a day in the order of training, which predict each of its events once.
+
+    bounds: [steps+1] int64.
+    """
+
+    day: Day
+    data: RankingData
+    sequences: Sequences
+    bounds: np.ndarray
+
+
+P = TypeVar("P", DayPlan, RankingDayPlan)
+
+
+class _ByDay(ABC, Generic[P]):
     """Training data in which an epoch is a day; ``share`` is a function of (seed, day, step)."""
 
-    def __init__(self, days: Days, max_len: int, seed: int, batch_users: int, batch_tokens: int | None,
-                 event_weights: str, device: torch.device) -> None:  # fmt: skip
-        self.days, self.max_len, self.seed = days, max_len, seed
-        self.batch_users, self.batch_tokens = batch_users, batch_tokens
-        self.event_weights, self.device = event_weights, device
-        self.num_skipped = 0
-        self._plan: tuple[int, DayPlan] | None = None
-        self._columns: EventColumns | None = None
+    def __init__(self, days: Days) -> None:
+        self.days, self.num_skipped = days, 0
+        self._plan: tuple[int, P] | None = None
         self.users = range(self.plan(0).day.num_users)
 
-    def plan(self, epoch: int) -> DayPlan:
+    @abstractmethod
+    def make_plan(self, epoch: int, day: Day) -> P:
+        """How the day at place ``epoch`` is trained on."""
+
+    @abstractmethod
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[Any]:
+        """What one rank trains on in a step."""
+
+    def plan(self, epoch: int) -> P:
         if self._plan is None or self._plan[0] != epoch:
             day = self.days.open(epoch)
             if day is None:
                 raise UserError(NO_DAY)
-            if self._columns is None or self._plan is None or self._plan[1].day.store is not day.store:
-                self._columns = EventColumns(day.store, self.device, self.event_weights)
-            seed = derive(self.seed, ORDER_SEED, epoch)
-            self._plan = epoch, plan_day(day, self.max_len, seed, self.batch_users, self.batch_tokens)
+            self._plan = epoch, self.make_plan(epoch, day)
         return self._plan[1]
 
     def num_steps(self, epoch: int) -> int:
@@ -200,6 +221,24 @@ class DayBatches:
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
         return {}
+
+
+class DayBatches(_ByDay[DayPlan]):
+    """For retrieval."""
+
+    def __init__(self, days: Days, max_len: int, seed: int, batch_users: int, batch_tokens: int | None,
+                 event_weights: str, device: torch.device) -> None:  # fmt: skip
+        self.max_len, self.seed = max_len, seed
+        self.batch_users, self.batch_tokens = batch_users, batch_tokens
+        self.event_weights, self.device = event_weights, device
+        self._columns: EventColumns | None = None
+        super().__init__(days)
+
+    def make_plan(self, epoch: int, day: Day) -> DayPlan:
+        if self._columns is None or self._plan is None or self._plan[1].day.store is not day.store:
+            self._columns = EventColumns(day.store, self.device, self.event_weights)
+        seed = derive(self.seed, ORDER_SEED, epoch)
+        return plan_day(day, self.max_len, seed, self.batch_users, self.batch_tokens)
 
     def share(self, epoch: int, step: int, ranks: Ranks) -> Share[Batch]:
         """What one rank trains on in a step; ``num_events`` are the predicted ones."""
@@ -249,37 +288,14 @@ def plan_day(day: Day, max_len: int, seed: int, batch_users: int, batch_tokens: 
     return DayPlan(day, owner[order], first_rows[order], lengths[order], predicted[order], bounds)
 
 
-@dataclass(frozen=True)
-class RankingDayPlan:
-    """The sequences of a day in the order of training, which predict each of its events once.
-
-    bounds: [steps+1] int64.
-    """
-
-    day: Day
-    data: RankingData
-    sequences: Sequences
-    bounds: np.ndarray
-
-
-class RankingDayBatches:
-    """As :class:`DayBatches`, for ranking; the cuts are those of the evaluation of the day."""
+class RankingDayBatches(_ByDay[RankingDayPlan]):
+    """For ranking; the cuts are those of the evaluation of the day."""
 
     def __init__(self, days: Days, config: Config) -> None:
-        self.days, self.config = days, config
-        self.num_skipped = 0
-        self._plan: tuple[int, RankingDayPlan] | None = None
-        self.users = range(self.plan(0).day.num_users)
+        self.config = config
+        super().__init__(days)
 
-    def plan(self, epoch: int) -> RankingDayPlan:
-        if self._plan is None or self._plan[0] != epoch:
-            day = self.days.open(epoch)
-            if day is None:
-                raise UserError(NO_DAY)
-            self._plan = epoch, self._make(epoch, day)
-        return self._plan[1]
-
-    def _make(self, epoch: int, day: Day) -> RankingDayPlan:
+    def make_plan(self, epoch: int, day: Day) -> RankingDayPlan:
         assert self.config.ranking is not None
         last = None if self._plan is None else self._plan[1].data
         data = last if last is not None and last.store is day.store else RankingData(day.store, self.config.ranking)
@@ -292,14 +308,7 @@ class RankingDayBatches:
         bounds = cut_batches(sequences.stop - sequences.first, run.batch_users, run.batch_tokens)
         return RankingDayPlan(day, data, sequences, bounds)
 
-    def num_steps(self, epoch: int) -> int:
-        return len(self.plan(epoch).bounds) - 1
-
-    def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
-        return {}
-
     def share(self, epoch: int, step: int, ranks: Ranks) -> Share[RankingBatch]:
-        """What one rank trains on in a step."""
         plan = self.plan(epoch)
         part = take(plan.sequences, slice(plan.bounds[step], plan.bounds[step + 1]))
         return gather_share(plan.data, self.config, part, ranks)

@@ -150,6 +150,7 @@ class WatchedDays:
         self.max_len, self.item_rows, self.utc_offset_s = max_len, item_rows, utc_offset_s
         self.columns, self.hashed = event_columns(ranking)
         self.world = source.world
+        self._opened: tuple[int, Day] | None = None
         self.labels: list[str] = self.world.on_first(self._begin)
         first = self.open(0)
         if first is None:
@@ -171,6 +172,8 @@ class WatchedDays:
             if found is None:
                 return None
             self.labels.append(found[0])
+        if self._opened is not None and self._opened[0] == index:
+            return self._opened[1]
         label = self.labels[index]
         if not (self.folder / label).is_dir():
             shared = ", on a disk that all machines share" if self.world.size > 1 else ""
@@ -180,7 +183,8 @@ class WatchedDays:
             )
         store = SequenceStore.open(self.folder / label)
         first = np.load(self.folder / f"{label}.first.npy")
-        return Day(label, store, first, np.asarray(store.offsets[1:]))
+        self._opened = index, Day(label, store, first, np.asarray(store.offsets[1:]))
+        return self._opened[1]
 
     def _keep(self, found: tuple[str, list[Path]] | None) -> None:
         """Builds the store of a day that was found, and writes down what was given and what came late."""

@@ -212,7 +212,11 @@ class UpdatePlanConfig:
     """A moving average of all weights, tables included, in float32."""
 
     def __post_init__(self) -> None:
-        OptimConfig(**dataclasses.asdict(self))  # a run's own checks
+        self.of_run()  # its own checks
+
+    def of_run(self) -> OptimConfig:
+        """The options of a run with these values."""
+        return OptimConfig(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

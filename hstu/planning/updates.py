@@ -9,6 +9,7 @@ from hstu.planning.config import FLOAT, INT64, PlanConfig
 from hstu.planning.losses import distinct, scored_rows
 from hstu.planning.tables import column_parts, is_replicated, lookups, num_shards, shard_shape
 from hstu.planning.work import Workload
+from hstu.sharded.plan import is_deferred
 
 MAP_COLUMNS = {"lru": 3, "lfu": 3, "distance_lfu": 4}
 """int64 numbers of a row in torchrec's map: item, slot, and when or how often it was seen."""
@@ -70,11 +71,6 @@ def map_moved_bytes(config: PlanConfig, work: Workload) -> float:
 # Rows that wait, and averages
 
 
-def is_deferred(config: PlanConfig) -> bool:
-    """Whether rows of sharded tables wait for the norm of all gradients, or for other batches of the step."""
-    return config.optim.clip_norm is not None or config.optim.accumulate_steps > 1
-
-
 def shard_lookups(config: PlanConfig, work: Workload) -> list[tuple[PlanConfig, float]]:
     """Of each table that is spread: the config with it as the item table, and E, of an even share."""
     scored = scored_rows(config, work) if config.ranking is None else 0.0
@@ -90,7 +86,7 @@ def waiting_bytes(config: PlanConfig, work: Workload) -> tuple[float, float]:
 
     Those of two batches and more are summed, each row once, where they are more than rows; all are at the end.
     """
-    if not is_deferred(config):
+    if not is_deferred(config.optim.of_run()):
         return 0.0, 0.0
     earlier = end = 0.0
     before = config.optim.accumulate_steps - 1

@@ -44,7 +44,8 @@ TORCHREC_NAMES = {"grid": "grid_shard"}
 class TableShape:
     """A table to be sharded.
 
-    lookups: rows that a rank asks for in a step, of each of the table's features. averaged: whether it has an average.
+    name: as in ``embedding.tables``. lookups: rows that a rank asks for in a step, of each of the table's features.
+    averaged: whether it has an average.
     """
 
     name: str
@@ -152,7 +153,7 @@ def check_memory(config: EmbeddingConfig, world: World, tables: list[TableShape]
     for table in tables:
         size = table.bytes(config)
         total += size
-        if sharding_of(config, table.name) == "table_wise" and size > room:
+        if config.sharding_of(table.name) == "table_wise" and size > room:
             raise UserError(
                 f"embedding: table {table.describe(config)} with its optimizer's state, and table_wise puts it on one "
                 f"rank, which has {_gib(room)} for tables: take row_wise, or auto"
@@ -175,17 +176,12 @@ def _gib(size: int) -> str:
     return f"{size / GIB:,.3g} GiB"
 
 
-def sharding_of(config: EmbeddingConfig, table: str) -> str:
-    """``auto``, table_wise, row_wise, column_wise or grid. table: its name in the collection."""
-    return {table_name(name): wanted for name, wanted in config.tables.items()}.get(table, config.sharding)
-
-
 def allowed_shardings(config: EmbeddingConfig, table: TableShape, num_ranks: int, node_size: int = 1) -> list[str]:
     """What the planner may choose from for a table. node_size: ranks of a node.
 
     fbgemm cannot have a shard without rows: a table whose last row-wise block would be empty is not cut by rows.
     """
-    wanted = sharding_of(config, table.name)
+    wanted = config.sharding_of(table.name)
     allowed = list(PLANNED) if wanted == "auto" else [wanted]
     if wanted == "auto" and is_padded(table.dim) and config.optimizer in ROWWISE:
         allowed.remove("column_wise")  # one number a row wants one stretch of the gradients
@@ -251,12 +247,12 @@ def make_plan(
     check_device(config, world.device)
     check_memory(config, world, tables)
     constraints, node_size = {}, local_size(world)
-    if any(sharding_of(config, table.name) == "grid" for table in tables):
+    if any(config.sharding_of(table.name) == "grid" for table in tables):
         _check_nodes(world)
     for table in tables:
-        wanted = sharding_of(config, table.name)
+        wanted = config.sharding_of(table.name)
         allowed = allowed_shardings(config, table, world.size, node_size)
-        constraints[table.name] = ParameterConstraints(
+        constraints[table_name(table.name)] = ParameterConstraints(
             sharding_types=[TORCHREC_NAMES.get(name, name) for name in allowed],
             compute_kernels=["fused"],
             min_partition=least_columns(wanted, table.dim, world.size, node_size),
@@ -265,9 +261,9 @@ def make_plan(
     on_gpu, room = world.device.type == "cuda", capacity(config, world)
     averages = sum(table.average_bytes for table in tables) // world.size  # which the planner does not know
     topology = Topology(
-        world_size=world.size, local_world_size=local_size(world), compute_device=world.device.type,
+        world_size=world.size, local_world_size=node_size, compute_device=world.device.type,
         hbm_cap=room - averages if on_gpu else 0,
-        ddr_cap=host_bytes() // local_size(world) if on_gpu else room - averages,
+        ddr_cap=host_bytes() // node_size if on_gpu else room - averages,
     )  # fmt: skip
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=1, constraints=constraints,

@@ -387,6 +387,7 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
         (dim,) = {table.dim for table in tables}
         by_fbgemm = not is_deferred(config.optim) and moved_by_fbgemm(embedding, world.device, dim)
         _say_who_moves(embedding, world, dim)
+        # The planner counts the optimizer's state, which fbgemm does not have where rows move in torch.
         sharder = make_sharder(embedding, world.device, fused_params(embedding, True, rate, rule))
         plan = make_plan(model, embedding, world, sharder, tables)
         sharder = make_sharder(embedding, world.device, fused_params(embedding, by_fbgemm, rate, rule))
@@ -445,7 +446,7 @@ def table_shapes(model: nn.Module, config: Config, world: World) -> list[TableSh
             scored = min(scored, (owner.num_items + 1) / world.size)
             found.append(TableShape(TABLE, owner.num_items + 1, owner.dim, (events, scored), averaged))
         else:
-            names = [c.name for c in owner.collection.embedding_configs()]
+            names = [key for key in owner.keys if key not in owner.whole]
             for name, initial in zip(names, owner.initial, strict=True):
                 found.append(TableShape(name, initial.num_rows, initial.dim, (events,), averaged))
     _check_table_names(model, config.embedding)

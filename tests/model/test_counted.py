@@ -14,9 +14,8 @@ from hstu.item_rows import UNKNOWN
 from hstu.model.retrieval import DROPOUT_SEED, NEGATIVES_SEED, RetrievalModel
 from hstu.optim import set_learning_rate
 from hstu.seeding import derive
-from kernels._backend import set_backend
-from tests.model.test_encoders import CONFIGS, NUM_ITEMS, TOY, make_batch
-from tests.model.test_shares import LENGTHS, MIXTURE, SPLITS, make_model, with_dropout
+from tests.model.test_encoders import CONFIGS, NUM_ITEMS, make_batch
+from tests.model.test_shares import LENGTHS, MIXTURE, SPLITS, make_model, make_triton_model, with_dropout
 from tests.ranks import run_ranks
 from tests.shares import assert_same_step, share_of, step, summed_step
 
@@ -91,12 +90,7 @@ def test_a_step_in_which_nothing_counts(loss):
 @pytest.mark.parametrize("counted", [[0, 2], []], ids=["some", "none"])
 def test_triton_kernels(loss, counted):
     """They draw by place as well, and take no position at all."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
-    set_backend("triton")
-    torch.manual_seed(0)
-    model = RetrievalModel(with_dropout(TOY), NUM_ITEMS, LossConfig(name=loss, num_negatives=5, temperature=0.5))
+    model = make_triton_model(loss)
     batch = make_batch([2, 1])
     weights = torch.zeros(3).index_fill(0, torch.tensor(counted, dtype=torch.int64), 1.0)
     old = step(model, dataclasses.replace(batch, weights=weights))

@@ -40,6 +40,16 @@ def whole_batch(weighted=False):
     return dataclasses.replace(batch, weights=weights if weighted else None)
 
 
+def make_triton_model(loss):
+    """A toy, whose ops run in Triton's interpreter from here on to the end of the test."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    set_backend("triton")
+    torch.manual_seed(0)
+    return RetrievalModel(with_dropout(TOY), NUM_ITEMS, LossConfig(name=loss, num_negatives=5, temperature=0.5))
+
+
 def with_dropout(config):
     return dataclasses.replace(config, dropout=0.3)
 
@@ -104,12 +114,7 @@ def test_rows_move_the_attention_weights_of_sasrec():
 
 @pytest.mark.parametrize("loss", ["sampled_softmax", "in_batch"])
 def test_on_triton(loss):
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
-    set_backend("triton")
-    torch.manual_seed(0)
-    model = RetrievalModel(with_dropout(TOY), NUM_ITEMS, LossConfig(name=loss, num_negatives=5, temperature=0.5))
+    model = make_triton_model(loss)
     batch = make_batch([2, 3, 1])
     assert_same_step(model, batch, [share_of(batch, users) for users in ([2, 0], [], [1])], rtol=2e-5)
 
