@@ -89,7 +89,8 @@ def run_task(task: str, raw: Path, root: Path) -> dict[str, Any]:
 
 
 def _stream_epoch(store: Any, root: Path) -> dict[str, Any]:
-    data = StreamBatches(store, "validation", MAX_LEN, 0, BATCH_USERS, BUFFER_USERS, World())
+    run = RunConfig(reader="stream", batch_users=BATCH_USERS, buffer_users=BUFFER_USERS)
+    data = StreamBatches(store, MAX_LEN, run, 0, World())
     for step in range(data.num_steps(0)):
         data.share(0, step, Ranks())
     return {"batches": data.num_steps(0)}

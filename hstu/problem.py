@@ -113,9 +113,7 @@ class Retrieval(Problem):
             raise UserError("no user has enough events to hold one out; loosen the filters or run.selection=reference")
         run = config.run
         if run.reader == "stream":
-            self.data: Any = StreamBatches(
-                store, run.selection, config.model.max_len, config.seed, run.batch_users, run.buffer_users, world
-            )
+            self.data: Any = StreamBatches(store, config.model.max_len, run, config.seed, world)
         else:
             columns = EventColumns(store, self.device, config.loss.event_weights)
             self.data = TrainBatches(

@@ -213,12 +213,6 @@ class Trainer:
         saved = checkpoint.load_last(self.checkpoints, self.world, set_aside=True)
         if saved is None:
             return
-        part = saved.values["progress"]["step"] > 0
-        if part and self.config.run.reader == "stream" and saved.ranks != self.world.size:
-            raise UserError(
-                f"{saved.path} was saved by {saved.ranks} rank(s) within an epoch, and run.reader=stream deals users "
-                f"out by ranks: {self.world.size} would train on some twice; take {saved.ranks} until the epoch's end"
-            )
         self.progress = Progress(**restore_run(saved, self.model, self.optimizers, self.average, self.world))
         stopped = self.progress.finished and not self._stopped_early()
         if stopped and self.progress.epoch < self.config.run.epochs:
@@ -266,7 +260,9 @@ class Trainer:
         epoch, num_steps = progress.epoch, self._num_steps(progress.epoch)
         self.model.train()
         self.display.start_epoch(epoch, run.epochs, num_steps, progress.step)
-        with Prefetcher(lambda step: self._make_input(epoch, step), progress.step, num_steps) as inputs:
+        together = run.reader == "stream" and self.world.size > 1
+        make = partial(self._make_input, epoch)
+        with Prefetcher(make, progress.step, num_steps, together=together) as inputs:
             last = time.perf_counter()
             for step_input in inputs if self.pipeline is None else self.pipeline.through(inputs):
                 loss = self._step(step_input)

@@ -88,7 +88,7 @@ def test_a_streamed_run_is_resumed_bit_identical(
     assert_same_run(finished, train(config))
 
 
-def streamed_steps(config: Config) -> tuple[list[float], list[float], list[int], set[str]]:
+def streamed_steps(config: Config) -> tuple[list[float], list[float], list[int], list[int]]:
     """Of an epoch: losses, how uneven the ranks' work was, rows that this rank predicted; and the shards it read."""
     trainer = Trainer(config, prepare(config.data, quiet=True), Path(str(config.run.dir)), Display(False))
     losses, uneven, rows = [], [], []
@@ -97,15 +97,16 @@ def streamed_steps(config: Config) -> tuple[list[float], list[float], list[int],
         losses.append(trainer._step(made))
         uneven.append(made.imbalance)
         rows += made.parts[0][0].batch.rows.tolist()
-    return losses, uneven, rows, {s.path.name for s in trainer.data.source.shards}
+    return losses, uneven, rows, trainer.data.own
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
-def test_ranks_train_together_from_their_own_shards(root: Path, data: DataConfig, form: str) -> None:
+def test_ranks_train_as_one(root: Path, data: DataConfig, form: str) -> None:
     config = stream_config(root, data, f"ranks-{form}", form)
-    (losses, uneven, first, files), (also, uneven_too, second, others) = run_ranks(2, streamed_steps, config)
+    (losses, uneven, first, shards), (also, uneven_too, second, others) = run_ranks(2, streamed_steps, config)
     assert losses == also, "the loss is that of all ranks"
-    assert uneven == uneven_too and max(uneven) > 0
-    assert not files & others and len(files | others) == 3
+    assert uneven == uneven_too and 0 < max(uneven) < 0.3
+    assert sorted(shards + others) == [0, 1, 2]
     alone = streamed_steps(stream_config(root, data, f"alone-{form}", form))
+    assert losses == pytest.approx(alone[0], rel=1e-5)
     assert sorted(first + second) == sorted(alone[2]) and len(set(alone[2])) == len(alone[2]) > 300

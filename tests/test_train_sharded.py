@@ -1,9 +1,8 @@
-"""Training on sharded stores: as on one store, and from a rank's own shards."""
+"""Training on sharded stores: as on one store, and from each rank's own shards with the result of one rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hstu.config import ColumnsConfig, Config, DataConfig, LossConfig
 from hstu.data.store import SequenceStore, write_store
 from hstu.errors import UserError
 from hstu.prepare import prepare
-from hstu.train import Trainer, train
+from hstu.train import train
 from tests.ranks import run_ranks
 from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, final_state, logged, make_config
@@ -39,6 +38,11 @@ def sharded_config(root: Path, name: str = "run", **changes: Any) -> Config:
     return make_config(root, name, data=data, **{"run_reader": "stream", "run_buffer_users": 30, **changes})
 
 
+def at(config: Config, folder: Path) -> Config:
+    """The run in another folder."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
@@ -49,15 +53,6 @@ def finished(root: Path) -> Path:
     return train(sharded_config(root, "stream", run_epochs=4))
 
 
-def refusal(config: Config) -> str:
-    """What training says on the ranks that are there, where it refuses to go on."""
-    try:
-        train(config)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def test_streamed_loss_falls(finished: Path) -> None:
     losses = [line["epoch_loss"] for line in logged(finished) if "epoch_loss" in line]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
@@ -66,12 +61,10 @@ def test_streamed_loss_falls(finished: Path) -> None:
 @pytest.mark.parametrize("stop", [3, 16], ids=["in the first epoch", "at the end of the second"])
 def test_streamed_run_is_resumed_bit_identical(root: Path, finished: Path, tmp_path: Path, stop: int) -> None:
     config = sharded_config(root, "unused", run_epochs=4)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "stopped")))
+    config = at(config, tmp_path / "stopped")
     with stopped_at(stop - 1):
         train(config)
     assert final_state(tmp_path / "stopped").values["progress"]["global_step"] == stop
-    refused = r"saved by 1 rank\(s\) within an epoch, .* 2 would train on some twice; take 1 until"
-    assert all(re.search(refused, text) for text in run_ranks(2, refusal, config))
     assert_same_run(finished, train(config))
 
 
@@ -80,7 +73,7 @@ def test_drawing_from_shards_is_drawing_from_one_store(root: Path, tmp_path: Pat
     config = sharded_config(tmp_path, "joined", run_reader="draw")
     store = prepare(config.data)
     folder = train(config)
-    single = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "single")))
+    single = at(config, tmp_path / "single")
     copied = write_store(
         tmp_path / "copy", offsets=store.offsets, item_ids=np.asarray(store.item_ids),
         timestamps=np.asarray(store.timestamps), item_raw_ids=store.item_raw_ids, user_raw_ids=store.user_raw_ids,
@@ -92,28 +85,37 @@ def test_drawing_from_shards_is_drawing_from_one_store(root: Path, tmp_path: Pat
         assert_same_run(folder, train(single))
 
 
-def streamed_steps(config: Config) -> tuple[list[float], list[int], set[str]]:
-    """Losses of an epoch, users of this rank and the shards it read."""
-    from hstu.progress import Display
-
-    store = prepare(config.data, quiet=True)
-    trainer = Trainer(config, store, Path(str(config.run.dir)), Display(False))
-    losses, users = [], []
-    for step in range(trainer._num_steps(0)):
-        made = trainer._make_input(0, step)
-        losses.append(trainer._step(made))
-        users += made.parts[0][0].batch.users.tolist()
-    return losses, users, {s.path.name for s in trainer.data.source.shards}
+def losses_of(folder: Path) -> list[float]:
+    return [line["loss"] for line in logged(folder) if "loss" in line]
 
 
-def test_ranks_train_together_from_their_own_shards(root: Path) -> None:
-    config = sharded_config(root, "ranks")
-    store = prepare(config.data, quiet=True)
-    (losses, first, files), (also, second, others) = run_ranks(2, streamed_steps, config)
-    assert losses == also, "the loss is that of all ranks"
-    assert losses[-1] < losses[0]
-    assert not files & others and len(files | others) == 3
-    assert sorted(first + second) == list(range(store.num_users))
+def stopped_and_continued(config: Config, stop: int | None) -> None:
+    """Trains on the ranks that are there, up to a stop where one is given."""
+    if stop is None:
+        train(config)
+        return
+    with stopped_at(stop - 1):
+        train(config)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_train_as_one(root: Path, finished: Path, tmp_path: Path, size: int) -> None:
+    config = at(sharded_config(root, "unused", run_epochs=4), tmp_path / "ranks")
+    run_ranks(size, stopped_and_continued, config, None)
+    assert losses_of(tmp_path / "ranks") == pytest.approx(losses_of(finished), rel=1e-5)
+    assert 0 < max(line["imbalance"] for line in logged(tmp_path / "ranks") if "loss" in line) < 0.1
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
+def test_stopped_within_an_epoch_and_continued_on_other_ranks(
+    root: Path, finished: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    config = at(sharded_config(root, "unused", run_epochs=4), tmp_path / "stopped")
+    run_ranks(before, stopped_and_continued, config, 11)
+    progress = final_state(tmp_path / "stopped").values["progress"]
+    assert progress["global_step"] == 11 and progress["step"] > 0
+    run_ranks(after, stopped_and_continued, config, None)
+    assert losses_of(tmp_path / "stopped") == pytest.approx(losses_of(finished), rel=1e-5)
 
 
 @pytest.mark.parametrize(

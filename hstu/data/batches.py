@@ -313,38 +313,43 @@ def eval_batches(
 
 
 class Prefetcher(Generic[T]):
-    """Makes items in a thread, a few ahead, in order; an error there is raised here. Use as a context manager."""
+    """Makes items in a thread, a few ahead, in order; an error there is raised here. Use as a context manager.
 
-    def __init__(self, make: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> None:
+    together: making one is an exchange between ranks. Those that leave early, all after the same item, then still make
+    as many as any of them may have begun, so that none waits for a rank that has stopped.
+    """
+
+    def __init__(self, make: Callable[[int], T], start: int, stop: int, ahead: int = 2, together: bool = False) -> None:
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=ahead)
         self._stopping = threading.Event()
         self._range = range(start, stop)
+        self._taken, self._beyond = 0, ahead + 1 if together else 0
         self._thread = threading.Thread(target=self._run, args=(make, same_gpu()), daemon=True)
         self._thread.start()
 
     def _run(self, make: Callable[[int], T], begin: Callable[[], None]) -> None:
         try:
             begin()
-            for index in self._range:
-                if self._stopping.is_set() or not self._put((make(index), None)):
+            for number, index in enumerate(self._range):
+                if self._stopping.is_set() and number >= self._taken + self._beyond:
                     return
+                self._put((make(index), None))
         except BaseException as error:
             self._put((None, error))
 
-    def _put(self, entry: tuple[T | None, BaseException | None]) -> bool:
+    def _put(self, entry: tuple[T | None, BaseException | None]) -> None:
         while not self._stopping.is_set():
             try:
-                self._queue.put(entry, timeout=0.1)
-                return True
+                return self._queue.put(entry, timeout=0.1)
             except queue.Full:
                 continue
-        return False
 
     def __iter__(self) -> Iterator[T]:
         for _ in self._range:
             item, error = self._queue.get()
             if error is not None:
                 raise error
+            self._taken += 1
             yield item  # type: ignore[misc]
 
     def __enter__(self) -> Prefetcher[T]:

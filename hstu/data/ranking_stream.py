@@ -15,13 +15,21 @@ import numpy as np
 import torch
 
 from hstu.config import Config
-from hstu.data.random_rows import token_counts
+from hstu.data.random_rows import rows_of, token_counts
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import PHASE_SEED, RankingBatch, count_sequences, cut, make_batch
-from hstu.data.shard_stream import ShardBatches, ShardSource, ShardTable, own_shards
+from hstu.data.shard_stream import (
+    PIECE_USERS,
+    PieceTable,
+    ShardBatches,
+    ShardSource,
+    column_types,
+    shards_of_ranks,
+    training_lengths,
+)
 from hstu.data.sharded_store import ShardedStore
 from hstu.data.shuffle_buffer import Users, joined_ranges
-from hstu.data.splits import training_ends, training_time
+from hstu.data.splits import training_time
 from hstu.errors import UserError
 from hstu.seeding import derive
 
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
 
 class Cuts:
     """How the users of each shard are cut into sequences. The cuts move from epoch to epoch, by random numbers of the
-    shard, whichever rank reads it.
+    shard's piece, whichever rank reads it.
 
     Attributes:
         lengths: by shard, int32 training events of each user.
@@ -40,54 +48,57 @@ class Cuts:
     def __init__(self, store: ShardedStore, config: Config) -> None:
         self.config = config
         time = training_time(store, config.run.selection)
-        ends = ((shard, training_ends(shard, config.run.selection, time)) for shard in store.shards)
-        self.lengths = [(end - np.asarray(shard.offsets)[:-1]).astype(np.int32) for shard, end in ends]
-        self._counts: dict[int, np.ndarray] = {}
+        self.lengths = [training_lengths(shard, config.run.selection, time) for shard in store.shards]
+        self._counts: dict[int, list[np.ndarray]] = {}
 
-    def seed(self, shard: int, epoch: int) -> int:
-        return derive(self.config.seed, PHASE_SEED, epoch, shard)
+    def seed(self, shard: int, piece: int, epoch: int) -> int:
+        return derive(self.config.seed, PHASE_SEED, epoch, shard, piece)
 
-    def counts(self, epoch: int) -> np.ndarray:
-        """int64, sequences of every shard."""
+    def counts(self, epoch: int) -> list[np.ndarray]:
+        """By shard, int64, sequences of every piece; one empty piece of a shard without users."""
         if epoch not in self._counts:
-            found = [
-                count_sequences(self.config, lengths[lengths > 0].astype(np.int64), self.seed(shard, epoch))
-                for shard, lengths in enumerate(self.lengths)
-            ]
-            self._counts[epoch] = np.array(found, np.int64)
+            self._counts[epoch] = [self._of_shard(shard, epoch) for shard in range(len(self.lengths))]
         return self._counts[epoch]
+
+    def _of_shard(self, shard: int, epoch: int) -> np.ndarray:
+        found = []
+        for piece, start in enumerate(range(0, max(1, len(self.lengths[shard])), PIECE_USERS)):
+            lengths = self.lengths[shard][start : start + PIECE_USERS]
+            seed = self.seed(shard, piece, epoch)
+            found.append(count_sequences(self.config, lengths[lengths > 0].astype(np.int64), seed))
+        return np.array(found, np.int64)
 
 
 class ShardSequences(ShardSource):
-    """Sequences that predict the training events of some shards, each event once.
+    """Sequences that predict the training events of a shard, each event once.
 
     Beside its events a sequence has ``context``, how many of them come before the predicted ones, and ``first_row``,
     the row of its first event in the whole store.
     """
 
-    def __init__(self, data: RankingData, cuts: Cuts, numbers: list[int]) -> None:
-        """numbers: of the shards."""
+    def __init__(self, data: RankingData, cuts: Cuts, number: int) -> None:
+        """number: of the shard."""
         store = data.store
         assert isinstance(store, ShardedStore)
-        super().__init__(store, numbers, cuts.config.seed)
-        self.cuts, self.first_rows = cuts, [int(store.first_rows[n]) for n in numbers]
+        super().__init__(store, number, cuts.config.seed)
+        self.cuts, self.first_row = cuts, int(store.first_rows[number])
         self._names = list(data.columns)
         self.begin(0)
 
     def counts(self, epoch: int) -> np.ndarray:
-        return self.cuts.counts(epoch)[self.numbers]
+        return self.cuts.counts(epoch)[self.number]
 
-    def make_table(self, shard: int, epoch: int) -> ShardTable:
-        number = self.numbers[shard]
-        users = np.flatnonzero(self.cuts.lengths[number])
-        starts = np.asarray(self.shards[shard].offsets)[users]
-        ends = starts + self.cuts.lengths[number][users]
-        found = cut(self.cuts.config, users, starts, starts, ends, self.cuts.seed(number, epoch))
-        values = {"context": found.split - found.first, "first_row": self.first_rows[shard] + found.first}
-        return ShardTable(found.users, found.first, found.stop - found.first, values)
+    def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
+        lengths = self.cuts.lengths[self.number][users].astype(np.int64)
+        chosen = np.flatnonzero(lengths)
+        starts = np.asarray(self.shard.offsets[users])[chosen]
+        seed = self.cuts.seed(self.number, piece, epoch)
+        found = cut(self.cuts.config, users.start + chosen, starts, starts, starts + lengths[chosen], seed)
+        values = {"context": found.split - found.first, "first_row": self.first_row + found.first}
+        return PieceTable(found.users, found.first, found.stop - found.first, values)
 
-    def columns(self, shard: int) -> Mapping[str, np.ndarray]:
-        store = self.shards[shard]
+    def columns(self) -> Mapping[str, np.ndarray]:
+        store = self.shard
         found = {"item_ids": store.item_ids, "timestamps": store.timestamps}
         if store.actions is not None and "actions" in self._names:
             found["actions"] = store.actions
@@ -103,29 +114,35 @@ class RankingStreamBatches(ShardBatches[RankingBatch]):
 
     def __init__(self, data: RankingData, config: Config, world: World) -> None:
         assert config.ranking is not None
-        store, mine = own_shards(data.store, world)
+        store, owners = shards_of_ranks(data.store, world)
         self.data, self.fused = data, config.ranking.form == "fused"
         self.cuts = Cuts(store, config)
         num_users = sum(int(np.count_nonzero(lengths)) for lengths in self.cuts.lengths)
         if num_users == 0:
             raise UserError(f"{store.path}: no event lies in the training part; take a later data.split_time")
         self.num_skipped, self.users = store.num_users - num_users, range(num_users)
-        source = ShardSequences(data, self.cuts, mine)
-        super().__init__(source, config.run.batch_users, config.run.buffer_users, config.seed, world)
+        own = np.flatnonzero(owners == world.rank).tolist()
+        sources: list[ShardSource] = [ShardSequences(data, self.cuts, number) for number in own]
+        super().__init__(sources, owners, column_types(store, sources), config.run, config.seed, world)
 
-    def total(self, epoch: int) -> int:
-        return int(self.cuts.counts(epoch).sum())
+    def totals(self, epoch: int) -> np.ndarray:
+        return np.array([counts.sum() for counts in self.cuts.counts(epoch)])
 
-    def make(self, users: Users, first_row: int) -> tuple[RankingBatch, np.ndarray]:
+    def count(self, users: Users) -> tuple[np.ndarray, np.ndarray]:
+        tokens = token_counts(users.lengths, self.fused, self.data.num_prefix)
+        return tokens, users.lengths - users.values["context"]
+
+    def make(self, users: Users) -> RankingBatch:
         lengths = users.lengths
         rows = joined_ranges(users.values["first_row"], lengths)
         place = joined_ranges(np.zeros(len(users), np.int64), lengths)
         predicted = place >= np.repeat(users.values["context"], lengths)
-        batch = make_batch(self.data, users.rows, lengths, rows, predicted, users.columns)
-        tokens = token_counts(lengths, self.fused, self.data.num_prefix)
-        if self.world.size > 1:  # ranks draw different random numbers
-            batch = replace(
-                batch, random_rows=torch.arange(int(tokens.sum())) + first_row,
-                random_targets=torch.arange(batch.num_events) + first_row,
-            )  # fmt: skip
-        return batch, tokens
+        return make_batch(self.data, users.rows, lengths, rows, predicted, users.columns)
+
+    def place(self, batch: RankingBatch, everyone: Users, chosen: np.ndarray) -> RankingBatch:
+        tokens, predicted = self.count(everyone)
+        return replace(
+            batch, max_len=int(everyone.lengths.max()), max_targets=int(predicted.max()),
+            random_rows=torch.from_numpy(rows_of(tokens, chosen)),
+            random_targets=torch.from_numpy(rows_of(predicted, chosen)),
+        )  # fmt: skip

@@ -1,10 +1,12 @@
-"""Training batches from a sharded store, read in sequence: each rank its own shards, through a shuffle buffer.
+"""Training batches from a sharded store, read in sequence: each rank its own shards, through shuffle buffers.
 
 Against :class:`hstu.data.batches.TrainBatches`, which draws each batch from all users and keeps about 85 bytes a user,
-this reads every file from front to back and holds the events of one buffer. The price: a batch mixes the users of a
-few shards, and which users meet depends on the number of ranks. ``hstu/data/ranking_stream.py`` does it for ranking.
+this reads every file from front to back and holds the events of the buffers. Every shard has a buffer of its own, and
+every step takes the same part of all of them: what a batch holds depends on the shards, not on the ranks. The ranks
+that read its users then send them to those that train on them (``hstu/data/exchange.py``).
+``hstu/data/ranking_stream.py`` does it for ranking.
 
-Legend: R ranks, B users in the batch, L events in the batch.
+Legend: S shards, G users of a batch of all ranks, R ranks, B users of this rank, L events.
 """
 
 from __future__ import annotations
@@ -12,39 +14,41 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from hstu.data.balance import user_work
 from hstu.data.batches import Batch
+from hstu.data.exchange import Exchange
+from hstu.data.random_rows import rows_of
 from hstu.data.sharded_store import ShardedStore, assign_shards
+from hstu.data.share import Share
 from hstu.data.shuffle_buffer import ShuffleBuffer, Users, joined_ranges
 from hstu.data.splits import training_ends, training_time
 from hstu.errors import UserError
 from hstu.seeding import derive
 
 if TYPE_CHECKING:
+    from hstu.config import RunConfig
     from hstu.data.share import Ranks
     from hstu.data.store import SequenceStore
     from hstu.distributed import World
 
 SHARD_SEED = 102
-"""Purpose number of the seed that orders the shards of an epoch."""
-RANK_BITS = 24
-"""The events of rank r draw the random numbers of the rows from r * 2^24 on."""
-_SHARD_BITS = 40
-"""A reference is the shard above the user's place among the shard's training users."""
+"""Purpose number of the seed that orders the pieces of a shard."""
+PIECE_USERS = 1 << 14
+"""Users of a shard that are read in sequence; pieces come in an order of the epoch."""
+_PIECE_BITS = 40
+"""A reference is the piece above the place among the piece's training users."""
 _READ_ROWS = 1 << 22
 """Event rows read at once; a longer single user is read whole."""
 B = TypeVar("B", bound=Any)
 
 
 @dataclass(frozen=True)
-class ShardTable:
-    """Training users of a shard, or sequences of them, in the order of the files: row of the user in the shard, first
+class PieceTable:
+    """Training users of a piece, or sequences of them, in the order of the files: row of the user in the shard, first
     event row, number of events, further numbers of each by name."""
 
     users: np.ndarray
@@ -54,99 +58,105 @@ class ShardTable:
 
 
 class ShardSource(ABC):
-    """Users, or sequences of them, of some shards, a source of :class:`ShuffleBuffer`: shard by shard, in an order of
-    the epoch."""
+    """Users of a shard, or sequences of them, a source of :class:`ShuffleBuffer`: piece by piece, in an order of the
+    epoch."""
 
-    def __init__(self, store: ShardedStore, numbers: list[int], seed: int) -> None:
-        """numbers: of the shards."""
-        self.shards, self.numbers, self.seed = [store.shards[n] for n in numbers], numbers, seed
-        self.first_users = [int(store.first_users[n]) for n in numbers]
-        self._table: tuple[int, int, ShardTable] | None = None
+    def __init__(self, store: ShardedStore, number: int, seed: int) -> None:
+        """number: of the shard."""
+        self.shard, self.number, self.seed = store.shards[number], number, seed
+        self.first_user = int(store.first_users[number])
+        self._table: tuple[int, int, PieceTable] | None = None
 
     @abstractmethod
     def counts(self, epoch: int) -> np.ndarray:
-        """int64, users in the table of each shard."""
+        """int64, users in the table of each piece."""
 
     @abstractmethod
-    def make_table(self, shard: int, epoch: int) -> ShardTable:
-        """The table of the shard at place ``shard``."""
+    def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
+        """The table of a piece; users: of the shard."""
 
     @abstractmethod
-    def columns(self, shard: int) -> Mapping[str, np.ndarray]:
+    def columns(self) -> Mapping[str, np.ndarray]:
         """The event columns that are read."""
 
     def begin(self, epoch: int) -> int:
-        generator = np.random.Generator(np.random.PCG64(derive(self.seed, SHARD_SEED, epoch)))
+        generator = np.random.Generator(np.random.PCG64(derive(self.seed, SHARD_SEED, epoch, self.number)))
         self._epoch, self._counts = epoch, self.counts(epoch)
-        self._order = generator.permutation(len(self.shards))
+        self._order = generator.permutation(len(self._counts))
         self._ends = np.cumsum(self._counts[self._order])
-        return int(self._ends[-1])
+        return int(self._counts.sum())
 
     def refs(self, start: int, stop: int) -> np.ndarray:
         positions = np.arange(start, stop)
         place = np.searchsorted(self._ends, positions, side="right")
-        shards = self._order[place]
-        return (shards << _SHARD_BITS) + positions - (self._ends[place] - self._counts[shards])
+        pieces = self._order[place]
+        return (pieces << _PIECE_BITS) + positions - (self._ends[place] - self._counts[pieces])
 
     def fetch(self, refs: np.ndarray) -> Users:
-        shards, places = refs >> _SHARD_BITS, refs & ((1 << _SHARD_BITS) - 1)
+        pieces, places = refs >> _PIECE_BITS, refs & ((1 << _PIECE_BITS) - 1)
         parts, at = [], []
-        for s in dict.fromkeys(shards.tolist()):
-            here = np.flatnonzero(shards == s)
-            parts.append(self._fetch_from(s, refs[here], places[here]))
+        for piece in dict.fromkeys(pieces.tolist()):
+            here = np.flatnonzero(pieces == piece)
+            parts.append(self._fetch_from(self._load_table(piece), refs[here], places[here]))
             at.append(here)
         if not parts:
-            return self._fetch_from(0, refs, places)
+            return self._fetch_from(self._load_table(0), refs, places)
         users = Users.concatenate(parts)
         order = np.argsort(np.concatenate(at))
         return users if np.array_equal(order, np.arange(len(order))) else users.take(order)
 
-    def _fetch_from(self, shard: int, refs: np.ndarray, places: np.ndarray) -> Users:
-        table = self._load_table(shard)
+    def _fetch_from(self, table: PieceTable, refs: np.ndarray, places: np.ndarray) -> Users:
         sequential = len(places) > 0 and np.array_equal(places, np.arange(places[0], places[0] + len(places)))
         starts, lengths = table.starts[places], table.lengths[places]
         read = _read_in_sequence if sequential else _read_by_row
-        found = {name: read(column, starts, lengths) for name, column in self.columns(shard).items()}
+        found = {name: read(column, starts, lengths) for name, column in self.columns().items()}
         values = {name: value[places] for name, value in table.values.items()}
-        return Users(refs, self.first_users[shard] + table.users[places], lengths, found, values)
+        return Users(refs, self.first_user + table.users[places], lengths, found, values)
 
-    def _load_table(self, shard: int) -> ShardTable:
-        """Where the users of a shard lie. That of one shard is kept."""
-        if self._table is None or self._table[:2] != (shard, self._epoch):
-            self._table = shard, self._epoch, self.make_table(shard, self._epoch)
+    def _load_table(self, piece: int) -> PieceTable:
+        """Where the users of a piece lie. That of one piece is kept."""
+        if self._table is None or self._table[:2] != (piece, self._epoch):
+            users = slice(piece * PIECE_USERS, min((piece + 1) * PIECE_USERS, self.shard.num_users))
+            self._table = piece, self._epoch, self.make_table(users, piece, self._epoch)
         return self._table[2]
+
+
+def training_lengths(shard: SequenceStore, selection: str, time: int | None) -> np.ndarray:
+    """int32, training events of each user. selection, time: as of :func:`hstu.data.splits.training_ends`."""
+    return (training_ends(shard, selection, time) - np.asarray(shard.offsets)[:-1]).astype(np.int32)
+
+
+def count_by_piece(counts: np.ndarray) -> np.ndarray:
+    """int64, the sum over each piece of what every user of a shard has; one empty piece of a shard without users."""
+    if len(counts) == 0:
+        return np.zeros(1, np.int64)
+    return np.add.reduceat(counts, np.arange(0, len(counts), PIECE_USERS), dtype=np.int64)
 
 
 class ShardUsers(ShardSource):
     """Users with the last ``max_len + 1`` of their events that train. Users with fewer than two are left out."""
 
-    def __init__(self, store: ShardedStore, numbers: list[int], counts: list[int], selection: str, time: int | None,
-                 max_len: int, seed: int) -> None:  # fmt: skip
-        """counts: training users of each shard. selection, time: which events train
-        (:func:`hstu.data.splits.training_ends`)."""
-        super().__init__(store, numbers, seed)
-        self.num_users = np.array(counts, np.int64)
-        self.selection, self.time, self.max_len = selection, time, max_len
+    def __init__(self, store: ShardedStore, number: int, lengths: np.ndarray, max_len: int, seed: int) -> None:
+        """lengths: of :func:`training_lengths`."""
+        super().__init__(store, number, seed)
+        self.lengths, self.max_len = lengths, max_len
+        self._num_users = count_by_piece(lengths >= 2)
         self.begin(0)
 
     def counts(self, epoch: int) -> np.ndarray:
-        return self.num_users
+        return self._num_users
 
-    def make_table(self, shard: int, epoch: int) -> ShardTable:
-        return shard_table(self.shards[shard], self.selection, self.time, self.max_len)
+    def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
+        trained = self.lengths[users].astype(np.int64)
+        chosen = np.flatnonzero(trained >= 2)
+        lengths = np.minimum(trained[chosen], self.max_len + 1)
+        ends = np.asarray(self.shard.offsets[users])[chosen] + trained[chosen]
+        return PieceTable(users.start + chosen, ends - lengths, lengths)
 
-    def columns(self, shard: int) -> Mapping[str, np.ndarray]:
-        store = self.shards[shard]
+    def columns(self) -> Mapping[str, np.ndarray]:
+        store = self.shard
         found = {"item_ids": store.item_ids, "timestamps": store.timestamps}
         return found if store.actions is None else {**found, "actions": store.actions}
-
-
-def shard_table(shard: SequenceStore, selection: str, time: int | None, max_len: int) -> ShardTable:
-    offsets = np.asarray(shard.offsets)
-    ends = training_ends(shard, selection, time)
-    users = np.flatnonzero(ends - offsets[:-1] >= 2)
-    lengths = np.minimum(ends[users] - offsets[users], max_len + 1)
-    return ShardTable(users, ends[users] - lengths, lengths)
 
 
 def _read_in_sequence(column: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -173,84 +183,116 @@ def _read_by_row(column: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
     return np.asarray(column[joined_ranges(starts, lengths)])
 
 
-@dataclass(frozen=True)
-class StreamShare(Generic[B]):
-    """As :class:`hstu.data.share.Share`; what all ranks have is asked when it is needed, by all ranks together."""
-
-    batch: B
-    lengths: np.ndarray
-    """Tokens of each user of this rank."""
-    world: World
-    event_work: float
-
-    @cached_property
-    def num_events(self) -> int:
-        return int(self.world.sum(torch.tensor([self.batch.num_events], device=self.world.device)))
-
-    @cached_property
-    def work(self) -> np.ndarray:
-        return self.world.gather_arrays(np.array([user_work(self.lengths, linear=self.event_work).sum()]))
-
-
 class ShardBatches(ABC, Generic[B]):
     """The training data of one rank, for :class:`hstu.problem.Problem`.
 
-    In every step a rank takes the same part of what its shards hold, so that all come to their end together however
-    uneven the shards are. ``share`` is a function of (seed, epoch, step, ranks), fast when steps follow each other.
+    ``share`` is a function of (seed, epoch, step) and the shards, divided among the ranks as
+    :class:`hstu.data.batches.TrainBatches` divides it; all ranks call it, in the same order. It is fast when steps
+    follow each other.
 
     Attributes:
         users: those that train, of all ranks. num_skipped: the others.
+        own: numbers of the shards that this rank reads, ascending.
     """
 
     users: range
     num_skipped: int
 
-    def __init__(self, source: ShardSource, batch_users: int, buffer_users: int, seed: int, world: World) -> None:
-        """batch_users: of all ranks in a step. buffer_users: in the shuffle buffer of this rank."""
-        self.source, self.batch_users, self.world = source, batch_users, world
-        self.buffer = ShuffleBuffer(source, buffer_users, derive(seed, world.rank))
+    def __init__(self, sources: list[ShardSource], owners: np.ndarray, columns: dict[str, np.dtype], run: RunConfig,
+                 seed: int, world: World) -> None:  # fmt: skip
+        """sources: the shards of this rank. owners: [S] the rank of each. columns: what is read of an event."""
+        self.run, self.world = run, world
+        self.own = [source.number for source in sources]
+        share = -(-run.buffer_users // len(owners))
+        self.buffers = [ShuffleBuffer(source, share, derive(seed, source.number)) for source in sources]
+        self.exchange = Exchange(owners, columns, world, run.timeout_s)
         self._next = (0, 0)
 
     @abstractmethod
-    def total(self, epoch: int) -> int:
-        """What the shards of all ranks hold in an epoch: users, or sequences of them."""
+    def totals(self, epoch: int) -> np.ndarray:
+        """[S] int64. What every shard holds in an epoch: users, or sequences of them."""
 
     @abstractmethod
-    def make(self, users: Users, first_row: int) -> tuple[B, np.ndarray]:
-        """The batch of ``users`` on the CPU and the tokens of each. first_row: as of :data:`RANK_BITS`."""
+    def count(self, users: Users) -> tuple[np.ndarray, np.ndarray]:
+        """[G] int64 tokens and [G] int64 predicted events; the columns of the users are elsewhere."""
+
+    @abstractmethod
+    def make(self, users: Users) -> B:
+        """Their batch on the CPU."""
+
+    @abstractmethod
+    def place(self, batch: B, everyone: Users, chosen: np.ndarray) -> B:
+        """The batch of the users ``chosen`` of ``everyone``, with its place in the batch of all ranks."""
 
     def num_steps(self, epoch: int) -> int:
-        return -(-self.total(epoch) // self.batch_users)
+        return -(-int(self.totals(epoch).sum()) // self.run.batch_users)
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
         return {}
 
-    def share(self, epoch: int, step: int, ranks: Ranks) -> StreamShare[B]:
+    def share(self, epoch: int, step: int, ranks: Ranks) -> Share[B]:
         """What this rank trains on in a step."""
-        begin, end = (self.buffer_position(epoch, s) for s in (step, step + 1))
+        before, after = (self.left(epoch, s) for s in (step, step + 1))
+        users = self.exchange.everyone(self._take(epoch, step, before, after), after - before)
+        tokens, predicted = self.count(users)
+        owners, work = ranks.divide_all(tokens)
+        chosen = np.flatnonzero(owners == ranks.rank)
+        batch = self.make(self.exchange.deliver(users, after - before, owners))
+        if ranks.size > 1:
+            batch = self.place(batch, users, chosen)
+        return Share(batch.to(self.world.device), int(predicted.sum()), work)
+
+    def left(self, epoch: int, step: int) -> np.ndarray:
+        """[S] int64. Users that have left the buffer of every shard before a step."""
+        totals = self.totals(epoch)
+        return apportion(totals, step * int(totals.sum()) // self.num_steps(epoch))
+
+    def _take(self, epoch: int, step: int, before: np.ndarray, after: np.ndarray) -> Users:
+        """The users of a step that this rank reads, by shard."""
         if self._next != (epoch, step):
-            self.buffer.seek(epoch, begin)
-        users = self.buffer.take(end - begin)
+            for number, buffer in zip(self.own, self.buffers, strict=True):
+                buffer.seek(epoch, int(before[number]))
+        taken = [b.take(int(after[n] - before[n])) for n, b in zip(self.own, self.buffers, strict=True)]
         self._next = (epoch, step + 1)
         if step + 1 == self.num_steps(epoch):
-            self.buffer.start(epoch + 1)
+            for buffer in self.buffers:
+                buffer.start(epoch + 1)
             self._next = (epoch + 1, 0)
-        batch, lengths = self.make(users, ranks.rank << RANK_BITS)
-        return StreamShare(batch.to(self.world.device), lengths, self.world, ranks.event_work)
-
-    def buffer_position(self, epoch: int, step: int) -> int:
-        """Users that have left the buffer of this rank before a step."""
-        return step * int(self.source.counts(epoch).sum()) // self.num_steps(epoch)
+        return Users.concatenate(taken)
 
 
-def own_shards(store: SequenceStore, world: World) -> tuple[ShardedStore, list[int]]:
-    """``store`` and the numbers of the shards that this rank reads.
+def apportion(counts: np.ndarray, total: int) -> np.ndarray:
+    """[S] int64. How many of ``total`` come from each of S parts that hold ``counts``, by Webster's method: the k-th of
+    n, from 0, has its turn at (k + 1/2) / n. It gives every part its share to within about one, all of everything at
+    the end, and never less of a part for a larger ``total``; the same numbers on all machines.
+
+    Args:
+        counts: [S] int64. total: 0 .. sum of counts.
+    """
+    assert 0 <= total <= counts.sum(), "more than there are"
+
+    def given(time: float) -> np.ndarray:
+        return np.minimum(np.floor(counts * time + 0.5).astype(np.int64), counts)
+
+    low, high = 0.0, 1.0  # no more than total, at least total
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if given(middle).sum() <= total else (low, middle)
+    found = given(low)
+    last = np.repeat(np.arange(len(counts)), given(high) - found)[: total - int(found.sum())]
+    return found + np.bincount(last, minlength=len(counts))
+
+
+def shards_of_ranks(store: SequenceStore, world: World) -> tuple[ShardedStore, np.ndarray]:
+    """``store``, and the rank [S] that reads each of its shards.
 
     Raises UserError where there are fewer shards than ranks.
     """
     if not isinstance(store, ShardedStore):
         raise UserError(f"run.reader=stream: {store.path} is one store; prepare it with data.shards=S")
-    return store, assign_shards([s.num_events for s in store.shards], world.size)[world.rank]
+    owners = np.empty(len(store.shards), np.int64)
+    for rank, shards in enumerate(assign_shards([s.num_events for s in store.shards], world.size)):
+        owners[shards] = rank
+    return store, owners
 
 
 class StreamBatches(ShardBatches[Batch]):
@@ -259,26 +301,40 @@ class StreamBatches(ShardBatches[Batch]):
     Raises UserError where there are fewer shards than ranks, or no user has two training events.
     """
 
-    def __init__(self, store: SequenceStore, selection: str, max_len: int, seed: int, batch_users: int,
-                 buffer_users: int, world: World) -> None:  # fmt: skip
-        """batch_users, buffer_users: as of :class:`ShardBatches`."""
-        whole, mine = own_shards(store, world)
-        time = training_time(store, selection)
-        counts = [len(shard_table(s, selection, time, max_len).users) for s in whole.shards]
-        if sum(counts) == 0:
+    def __init__(self, store: SequenceStore, max_len: int, run: RunConfig, seed: int, world: World) -> None:
+        whole, owners = shards_of_ranks(store, world)
+        time = training_time(store, run.selection)
+        sources: list[ShardSource] = []
+        self._totals = np.zeros(len(whole.shards), np.int64)
+        for number, shard in enumerate(whole.shards):
+            lengths = training_lengths(shard, run.selection, time)
+            self._totals[number] = np.count_nonzero(lengths >= 2)
+            if owners[number] == world.rank:
+                sources.append(ShardUsers(whole, number, lengths, max_len, seed))
+        total = int(self._totals.sum())
+        if total == 0:
             raise UserError(f"{store.path}: no user has two training events; loosen the filters or the split")
-        self.num_skipped, self.users = store.num_users - sum(counts), range(sum(counts))
-        source = ShardUsers(whole, mine, [counts[s] for s in mine], selection, time, max_len, seed)
-        super().__init__(source, batch_users, buffer_users, seed, world)
+        self.num_skipped, self.users = store.num_users - total, range(total)
+        super().__init__(sources, owners, column_types(whole, sources), run, seed, world)
 
-    def total(self, epoch: int) -> int:
-        return len(self.users)
+    def totals(self, epoch: int) -> np.ndarray:
+        return self._totals
 
-    def make(self, users: Users, first_row: int) -> tuple[Batch, np.ndarray]:
-        batch = make_batch(users)
-        if self.world.size > 1:  # ranks draw different random numbers
-            batch = replace(batch, random_rows=torch.arange(batch.num_events) + first_row)
-        return batch, users.lengths - 1
+    def count(self, users: Users) -> tuple[np.ndarray, np.ndarray]:
+        return users.lengths - 1, users.lengths - 1
+
+    def make(self, users: Users) -> Batch:
+        return make_batch(users)
+
+    def place(self, batch: Batch, everyone: Users, chosen: np.ndarray) -> Batch:
+        inputs = everyone.lengths - 1
+        return replace(batch, random_rows=torch.from_numpy(rows_of(inputs, chosen)), max_len=int(inputs.max()))
+
+
+def column_types(store: ShardedStore, sources: list[ShardSource]) -> dict[str, np.dtype]:
+    """Of the event columns that are read, over all shards: texts are as wide as the widest."""
+    whole = {"item_ids": store.item_ids, "timestamps": store.timestamps, "actions": store.actions, **store.columns}
+    return {name: whole[name].dtype for name in sources[0].columns()}
 
 
 def make_batch(users: Users) -> Batch:

@@ -44,6 +44,11 @@ class Ranks:
 
     def divide(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The groups of this rank, int64, ascending, and the work [R] of every rank. lengths: [G] int64, tokens."""
+        owners, work = self.divide_all(lengths)
+        return np.flatnonzero(owners == self.rank), work
+
+    def divide_all(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rank [G] int64 of every group, and the work [R] of every rank."""
         work = user_work(lengths, linear=self.event_work)
         owners = split_even(work, self.size)
-        return np.flatnonzero(owners == self.rank), np.bincount(owners, weights=work, minlength=self.size)
+        return owners, np.bincount(owners, weights=work, minlength=self.size)

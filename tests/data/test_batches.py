@@ -1,5 +1,7 @@
 """Batches: what a batch holds, the order as a function of (seed, epoch, step), the token budget, the prefetcher."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +142,22 @@ def test_prefetcher_stops_when_left_early():
     with Prefetcher(lambda i: made.append(i) or i, 0, 10_000) as items:
         assert next(iter(items)) == 0
     assert len(made) < 10
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.02])
+@pytest.mark.parametrize("taken", [0, 1, 3, 8])
+def test_prefetcher_of_ranks_stops_after_as_many_on_all(taken, slow):
+    """However far the thread has come: with `ahead` items waiting one more may have begun."""
+    made = []
+
+    def make(i):
+        time.sleep(slow)
+        made.append(i)
+        return i
+
+    with Prefetcher(make, 5, 15, ahead=2, together=True) as items:
+        iterator = iter(items)
+        for _ in range(taken):
+            next(iterator)
+        time.sleep(0.03)
+    assert made == list(range(5, min(5 + taken + 3, 15)))

@@ -1,4 +1,4 @@
-"""The shuffle buffer and the batches of a rank's own shards: everybody once, any stop continued exactly."""
+"""The shuffle buffers and the batches of shards: everybody once, any stop continued exactly, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.data.batches import EventColumns, TrainBatches
-from hstu.data.shard_stream import StreamBatches
+from hstu.config import RunConfig
+from hstu.data.batches import Batch, EventColumns, TrainBatches
+from hstu.data.shard_stream import StreamBatches, apportion
 from hstu.data.sharded_store import ShardedStore
 from hstu.data.share import Ranks
 from hstu.data.shuffle_buffer import ShuffleBuffer, Users, joined_ranges
@@ -21,6 +22,7 @@ from hstu.distributed import World
 from hstu.errors import UserError
 from tests.data.logs import prepare_log
 from tests.data.test_sharded import write_files
+from tests.ranks import run_ranks
 
 MAX_LEN = 9
 
@@ -112,9 +114,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SequenceStore]
     }
 
 
-def make(store: SequenceStore, selection: str = "validation", rank: int = 0, size: int = 1, **values: Any) -> Any:
-    settings = {"max_len": MAX_LEN, "seed": 3, "batch_users": 16, "buffer_users": 40, **values}
-    return StreamBatches(store, selection, world=World(rank, size), **settings)
+def make(
+    store: SequenceStore, selection: str = "validation", world: World | None = None, seed: int = 3
+) -> StreamBatches:
+    run = RunConfig(reader="stream", selection=selection, batch_users=16, buffer_users=40)
+    return StreamBatches(store, MAX_LEN, run, seed, world or World())
 
 
 def histories(batch: Any) -> dict[int, tuple[list[int], ...]]:
@@ -148,27 +152,91 @@ def test_an_epoch_holds_what_drawing_from_all_users_holds(
     assert found == expected
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_ranks_read_disjoint_shards_and_end_together(stores: dict[str, SequenceStore], size: int) -> None:
+def shares_of_rank(path: Path, epoch: int) -> tuple[set[str], list[tuple[Batch, int, list[float]]]]:
+    """Shards that this rank reads; of every step its batch, the events of all ranks and their work."""
+    world = World.current()
+    store = SequenceStore.open(path)
+    assert isinstance(store, ShardedStore)
+    data = make(store, world=world)
+    shares = [data.share(epoch, s, Ranks(world.rank, world.size, 2.0)) for s in range(data.num_steps(epoch))]
+    return {store.shards[n].path.name for n in data.own}, [(s.batch, s.num_events, s.work.tolist()) for s in shares]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_the_batches_of_one(stores: dict[str, SequenceStore], size: int) -> None:
+    """Every event of a batch of one rank is on one rank, in its place; users are divided by work."""
     store = stores["last"]
-    ranks = [make(store, rank=rank, size=size) for rank in range(size)]
-    files = [{s.path for s in rank.source.shards} for rank in ranks]
-    assert sum(map(len, files)) == len(set.union(*files)) == 5
-    assert {rank.num_steps(0) for rank in ranks} == {-(-len(ranks[0].users) // 16)}
-    seen: list[int] = []
-    for step in range(ranks[0].num_steps(0)):
-        batches = [rank.share(0, step, Ranks(r, size)).batch for r, rank in enumerate(ranks)]
-        assert all(len(batch.users) > 0 for batch in batches), "no rank is without users"
-        drawn = torch.cat([batch.random_rows for batch in batches])
-        assert len(drawn.unique()) == len(drawn), "no two events draw the same random numbers"
-        seen += [u for batch in batches for u in batch.users.tolist()]
-    assert sorted(seen) == sorted(make_training_users(store))
+    files, ranks = zip(*run_ranks(size, shares_of_rank, store.path, 1), strict=True)
+    assert sum(map(len, files)) == len(set.union(*files)) == 5, "every file is read by one rank"
+    alone = make(store)
+    for step, parts in enumerate(zip(*ranks, strict=True)):
+        expected = alone.share(1, step, Ranks()).batch
+        batches = [batch for batch, _, _ in parts]
+        places = torch.cat([batch.random_rows for batch in batches])
+        assert sorted(places.tolist()) == list(range(expected.num_events))
+        for name in ("item_ids", "timestamps", "request_times", "labels", "actions"):
+            found = torch.cat([getattr(batch, name) for batch in batches])
+            assert torch.equal(found[places.argsort()], getattr(expected, name)), name
+        owners, work = Ranks(0, size, 2.0).divide_all(expected.offsets.diff().numpy())
+        for rank, (batch, num_events, work_of_ranks) in enumerate(parts):
+            assert batch.users.tolist() == expected.users[torch.from_numpy(owners == rank)].tolist()
+            assert (batch.max_len, num_events) == (expected.max_len, expected.num_events)
+            assert work_of_ranks == work.tolist()
+    assert step + 1 == alone.num_steps(1)
 
 
-def make_training_users(store: SequenceStore) -> list[int]:
-    return TrainBatches(
-        EventColumns(store), store, make_split(store), MAX_LEN, seed=0, batch_users=16
-    ).users.tolist()  # fmt: skip
+def test_every_batch_mixes_all_shards_in_their_shares(stores: dict[str, SequenceStore]) -> None:
+    stream = make(stores["last"])
+    assert isinstance(stores["last"], ShardedStore)
+    totals = stream.totals(0)
+    for step in range(stream.num_steps(0)):
+        users = stream.share(0, step, Ranks()).batch.users.numpy()
+        counts = np.bincount(np.searchsorted(stores["last"].first_users, users, side="right") - 1, minlength=5)
+        assert np.all(np.abs(counts - len(users) * totals / totals.sum()) < 2)
+
+
+def test_pieces_are_read_in_an_order_of_the_epoch(
+    stores: dict[str, SequenceStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {u: h for e in [make(stores["last"])] for s in range(e.num_steps(0))
+             for u, h in histories(e.share(0, s, Ranks()).batch).items()}  # fmt: skip
+    monkeypatch.setattr("hstu.data.shard_stream.PIECE_USERS", 4)
+    stream, found, orders = make(stores["last"]), {}, []
+    for epoch in range(2):
+        for step in range(stream.num_steps(epoch)):
+            found |= histories(stream.share(epoch, step, Ranks()).batch)
+        orders.append([buffer.source._order.tolist() for buffer in stream.buffers])  # type: ignore[attr-defined]
+    assert found == whole
+    assert max(map(len, orders[0])) > 3 and orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "total", "expected"),
+    [
+        ([1, 1, 1], 2, [1, 1, 0]),  # the turn of all is at 1/2
+        ([4, 2], 3, [2, 1]),  # 1/8 3/8 5/8 7/8 and 1/4 3/4: a b a
+        ([4, 2], 4, [3, 1]),
+        ([0, 5, 0], 3, [0, 3, 0]),
+        ([3, 2], 5, [3, 2]),
+        ([3, 2], 0, [0, 0]),
+        ([0, 0], 0, [0, 0]),
+    ],
+)
+def test_apportion(counts: list[int], total: int, expected: list[int]) -> None:
+    assert apportion(np.array(counts), total).tolist() == expected
+
+
+def test_apportion_gives_the_earliest_turns_and_takes_none_back() -> None:
+    counts = np.random.default_rng(0).integers(0, 200, 40)
+    before = np.zeros(40, np.int64)
+    for total in range(1, int(counts.sum()) + 1):
+        given = apportion(counts, total)
+        assert given.sum() == total and np.all(given >= before) and np.all(given <= counts)
+        with np.errstate(divide="ignore"):
+            last = np.where(given > 0, (2 * given - 1) / (2 * counts), 0).max()
+            following = np.where(given < counts, (2 * given + 1) / (2 * counts), 1).min()
+        assert last <= following * (1 + 1e-15), "but for turns that differ by rounding"
+        before = given
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 1), (0, 5), (1, 0), (1, 8)])
@@ -188,7 +256,7 @@ def test_epochs_differ_and_seeds_differ(stores: dict[str, SequenceStore]) -> Non
 
 def test_more_ranks_than_shards_and_single_stores_are_refused(stores: dict[str, SequenceStore]) -> None:
     with pytest.raises(UserError, match="6 ranks and 5 shards"):
-        make(stores["last"], size=6)
+        make(stores["last"], world=World(0, 6))
     with pytest.raises(UserError, match=r"run.reader=stream: .* is one store; prepare it with data.shards=S"):
         make(stores["single"])
 
