@@ -42,6 +42,8 @@ def split_even(work: np.ndarray, num_ranks: int) -> np.ndarray:
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks={num_ranks}: expected >= 1")
+    if num_ranks == 1:
+        return np.zeros(len(work), np.int64)
     order = np.argsort(-work, kind="stable")
     heavy, light = np.split(order, [max(ONE_BY_ONE, 16 * num_ranks)])
     ranks = np.empty(len(work), np.int64)

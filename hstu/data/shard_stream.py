@@ -39,6 +39,8 @@ SHARD_SEED = 102
 """Purpose number of the seed that orders the pieces of a shard."""
 PIECE_USERS = 1 << 14
 """Users of a shard that are read in sequence; pieces come in an order of the epoch."""
+TAKEN_USERS = 4096
+"""Users that leave the buffers at once, for a few steps; no more than the buffers hold."""
 _PIECE_BITS = 40
 """A reference is the piece above the place among the piece's training users."""
 _READ_ROWS = 1 << 22
@@ -207,6 +209,7 @@ class ShardBatches(ABC, Generic[B]):
         self.buffers = [ShuffleBuffer(source, share, derive(seed, source.number)) for source in sources]
         self.exchange = Exchange(owners, columns, world, run.timeout_s)
         self._next = (0, 0)
+        self._taken: TakenSteps | None = None
 
     @abstractmethod
     def totals(self, epoch: int) -> np.ndarray:
@@ -232,12 +235,12 @@ class ShardBatches(ABC, Generic[B]):
 
     def share(self, epoch: int, step: int, ranks: Ranks) -> Share[B]:
         """What this rank trains on in a step."""
-        before, after = (self.left(epoch, s) for s in (step, step + 1))
-        users = self.exchange.everyone(self._take(epoch, step, before, after), after - before)
+        own, counts = self._take(epoch, step)
+        users = self.exchange.everyone(own, counts)
         tokens, predicted = self.count(users)
         owners, work = ranks.divide_all(tokens)
         chosen = np.flatnonzero(owners == ranks.rank)
-        batch = self.make(self.exchange.deliver(users, after - before, owners))
+        batch = self.make(self.exchange.deliver(users, counts, owners))
         if ranks.size > 1:
             batch = self.place(batch, users, chosen)
         return Share(batch.to(self.world.device), int(predicted.sum()), work)
@@ -247,18 +250,52 @@ class ShardBatches(ABC, Generic[B]):
         totals = self.totals(epoch)
         return apportion(totals, step * int(totals.sum()) // self.num_steps(epoch))
 
-    def _take(self, epoch: int, step: int, before: np.ndarray, after: np.ndarray) -> Users:
-        """The users of a step that this rank reads, by shard."""
+    def _take(self, epoch: int, step: int) -> tuple[Users, np.ndarray]:
+        """The users of a step that this rank reads, by shard; and [S] how many every shard gives."""
+        if self._taken is None or not self._taken.holds(epoch, step):
+            self._taken = self._take_steps(epoch, step)
+        return self._taken.at(step)
+
+    def _take_steps(self, epoch: int, step: int) -> TakenSteps:
+        """Of a few steps from ``step`` on, at once: many shards give a few users each to a step."""
         if self._next != (epoch, step):
             for number, buffer in zip(self.own, self.buffers, strict=True):
-                buffer.seek(epoch, int(before[number]))
-        taken = [b.take(int(after[n] - before[n])) for n, b in zip(self.own, self.buffers, strict=True)]
-        self._next = (epoch, step + 1)
-        if step + 1 == self.num_steps(epoch):
+                buffer.seek(epoch, int(self.left(epoch, step)[number]))
+        stop = step + max(1, min(TAKEN_USERS, self.run.buffer_users) // self.run.batch_users)
+        stop = min(stop, self.num_steps(epoch))
+        left = np.stack([self.left(epoch, s) for s in range(step, stop + 1)])
+        taken = [b.take(int(left[-1, n] - left[0, n])) for n, b in zip(self.own, self.buffers, strict=True)]
+        self._next = (epoch, stop)
+        if stop == self.num_steps(epoch):
             for buffer in self.buffers:
                 buffer.start(epoch + 1)
             self._next = (epoch + 1, 0)
-        return Users.concatenate(taken)
+        return TakenSteps(epoch, step, Users.concatenate(taken), left, self.own)
+
+
+@dataclass(frozen=True)
+class TakenSteps:
+    """Users that a rank has read for steps from ``first`` on, shard by shard.
+
+    left: [steps + 1, S] int64, of :meth:`ShardBatches.left`. own: numbers of the rank's shards.
+    """
+
+    epoch: int
+    first: int
+    users: Users
+    left: np.ndarray
+    own: list[int]
+
+    def holds(self, epoch: int, step: int) -> bool:
+        return epoch == self.epoch and self.first <= step < self.first + len(self.left) - 1
+
+    def at(self, step: int) -> tuple[Users, np.ndarray]:
+        """The users of a step, and [S] how many every shard gives."""
+        left = self.left - self.left[0]
+        before, after = left[step - self.first], left[step - self.first + 1]
+        starts = np.cumsum(left[-1, self.own]) - left[-1, self.own]
+        counts = after - before
+        return self.users.take(joined_ranges(starts + before[self.own], counts[self.own])), counts
 
 
 def apportion(counts: np.ndarray, total: int) -> np.ndarray:
@@ -274,10 +311,13 @@ def apportion(counts: np.ndarray, total: int) -> np.ndarray:
     def given(time: float) -> np.ndarray:
         return np.minimum(np.floor(counts * time + 0.5).astype(np.int64), counts)
 
-    low, high = 0.0, 1.0  # no more than total, at least total
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if given(middle).sum() <= total else (low, middle)
-    found = given(low)
+    low, high, found = 0.0, 1.0, np.zeros_like(counts)  # low gives no more than total, high no less
+    while found.sum() < total and low < (middle := (low + high) / 2) < high:
+        between = given(middle)
+        if between.sum() <= total:
+            low, found = middle, between
+        else:
+            high = middle
     last = np.repeat(np.arange(len(counts)), given(high) - found)[: total - int(found.sum())]
     return found + np.bincount(last, minlength=len(counts))
 
