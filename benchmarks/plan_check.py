@@ -1,6 +1,7 @@
 """Predicted against measured time of training steps on this machine.
 
     python -m benchmarks.plan_check [device=cpu] [threads=1] [points=hstu-*] [record=true]
+    python -m benchmarks.plan_check again=RECORD.json [record=true]   predicted anew, measured times as recorded
 
 The machine's ceilings (copy, matrix product) are measured in the same run and given to ``hstu-plan`` as its data sheet;
 then whole steps (forward, backward, AdamW, one local table) of several models are timed on random batches. With
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +34,7 @@ from hstu.config_model import FuXiLinearConfig, HSTUConfig, ModelConfig, SASRecC
 from hstu.config_ranking import ActionConfig, FeatureConfig, HeadConfig, RankingConfig, TaskConfig
 from hstu.data.batches import Batch
 from hstu.data.ranking_batches import RankingBatch, make_features
+from hstu.errors import UserError, one_of
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalModel
 from hstu.optim import make_optimizer
@@ -111,6 +114,7 @@ class Options:
     seconds: float = 4.0
     threads: int | None = None
     record: bool = False
+    again: str | None = None
 
 
 def lengths_of(point: Point) -> torch.Tensor:
@@ -217,6 +221,38 @@ def predict(point: Point, device: torch.device, ceilings: Ceilings) -> Step:
     return plan_step(config, Workload.of_lengths(lengths_of(point).numpy(), point.model, config.form, targets))
 
 
+def row_of(point: Point, step: Step, measured: float) -> dict[str, Any]:
+    """Predicted beside measured seconds, for a record; printed too."""
+    parts = {part.name: round(1e3 * part.seconds, 2) for part in step.parts}
+    print(f"{point.name:18} measured {1e3 * measured:8.1f} ms  predicted {1e3 * step.seconds:8.1f} ms  "
+          f"ratio {step.seconds / measured:.2f}  {parts}")  # fmt: skip
+    return {"point": point.name, "measured_ms": 1e3 * measured, "predicted_ms": 1e3 * step.seconds,
+            "ratio": step.seconds / measured, "tokens": step.tokens, "parts_ms": parts}  # fmt: skip
+
+
+def check_again(path: Path) -> report.Record:
+    """The record with today's predictions of what it measured.
+
+    Raises UserError where there is no record of this command, or where it names a model that is not one of ours now.
+    """
+    values = report.read_json(path, "give the path of a record of this command")
+    if not str(values.get("name")).startswith("plan-check-"):
+        raise UserError(f"again={path}: a record of {values.get('name')}, expected one of plan-check-cpu or -cuda")
+    device = torch.device(values["config"]["device"])
+    known = {name: values["metrics"][name]["mean"] for name in ("copy_gb_s", "product_tflop_s")}
+    ceilings = Ceilings(**known, dtype="float32" if device.type == "cpu" else "bfloat16")
+    points = {point.name: point for point in (*POINTS, *RANKING_POINTS)}
+    rows = []
+    for row in values["timing"]["rows"]:
+        one_of(f"{path}: point", row["point"], tuple(points))
+        point = points[row["point"]]
+        rows.append(row_of(point, predict(point, device, ceilings), 1e-3 * row["measured_ms"]))
+    values["metrics"] |= report.aggregate([{"predicted_over_measured": row["ratio"]} for row in rows])
+    values["timing"] = {"rows": rows}
+    values["config"]["predicted_at"] = report.commit()
+    return report.Record(**values)
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, records."""
@@ -225,6 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     options = from_arguments(Options, words)
+    record = measure(options) if options.again is None else check_again(Path(options.again))
+    if options.record:
+        print(f"written to {report.write_record(record)}")
+    return 0
+
+
+def measure(options: Options) -> report.Record:
+    """Ceilings and steps of this machine, with what is predicted of them."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -232,26 +276,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceilings = measure_ceilings(device, dtype, cpu_time=True)
     print(f"ceilings: copy {ceilings.copy_gb_s:,.1f} GB/s, product {ceilings.product_tflop_s:,.3g} TFLOP/s")
-    rows: list[dict[str, Any]] = []
-    for point in (*POINTS, *RANKING_POINTS):
-        if not fnmatch.fnmatch(point.name, options.points):
-            continue
-        step, measured = predict(point, device, ceilings), time_step(point, device, options.seconds)
-        parts = {part.name: round(1e3 * part.seconds, 2) for part in step.parts}
-        rows.append({"point": point.name, "measured_ms": 1e3 * measured, "predicted_ms": 1e3 * step.seconds,
-                     "ratio": step.seconds / measured, "tokens": step.tokens, "parts_ms": parts})  # fmt: skip
-        print(f"{point.name:18} measured {1e3 * measured:8.1f} ms  predicted {1e3 * step.seconds:8.1f} ms  "
-              f"ratio {step.seconds / measured:.2f}  {parts}")  # fmt: skip
-    if options.record:
-        metrics = report.aggregate([{"copy_gb_s": ceilings.copy_gb_s, "product_tflop_s": ceilings.product_tflop_s}])
-        metrics |= report.aggregate([{"predicted_over_measured": row["ratio"]} for row in rows])
-        record = report.Record(
-            name=f"plan-check-{device.type}", kind="training", dataset="random", protocol=None, split_hash=None,
-            model="all", seeds=[0], metrics=metrics, timing={"rows": rows},
-            config={"device": device.type, "threads": torch.get_num_threads()},
-        )  # fmt: skip
-        print(f"written to {report.write_record(record)}")
-    return 0
+    rows = [
+        row_of(point, predict(point, device, ceilings), time_step(point, device, options.seconds))
+        for point in (*POINTS, *RANKING_POINTS)
+        if fnmatch.fnmatch(point.name, options.points)
+    ]
+    metrics = report.aggregate([{"copy_gb_s": ceilings.copy_gb_s, "product_tflop_s": ceilings.product_tflop_s}])
+    metrics |= report.aggregate([{"predicted_over_measured": row["ratio"]} for row in rows])
+    return report.Record(
+        name=f"plan-check-{device.type}", kind="training", dataset="random", protocol=None, split_hash=None,
+        model="all", seeds=[0], metrics=metrics, timing={"rows": rows},
+        config={"device": device.type, "threads": torch.get_num_threads()},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

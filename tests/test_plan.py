@@ -17,7 +17,7 @@ from hstu.config import HSTUConfig, LossConfig
 from hstu.errors import UserError
 from hstu.feature_tables import BAGS
 from hstu.planning.config import GIB, GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
-from hstu.planning.cost import Network, compute_parts, loss_transfers, plan_step, row_transfers, transfers
+from hstu.planning.cost import Network, TimePart, compute_parts, loss_transfers, plan_step, row_transfers, transfers
 from hstu.planning.memory import plan_memory
 from hstu.planning.search import Plan, mends, smallest_cluster
 from hstu.planning.tables import shard_shape
@@ -93,19 +93,54 @@ def test_narrow_rows_between_gpus() -> None:
 # Time
 
 
+def parts_of(config: PlanConfig) -> dict[str, TimePart]:
+    return {part.name: part for part in compute_parts(config, Workload.planned(config))}
+
+
+FULL = {"linear_fraction": 1.0, "attention_fraction": 1.0, "hbm_fraction": 1.0}
+"""All of the peaks."""
+
+
 def test_linear_layers_and_attention_by_hand() -> None:
     """All of the peak of 100 TFLOP/s, memory without cost. 20 users of 1,000 tokens, D = H A = H V = 256, 4 layers."""
-    fractions = {"linear_fraction": 1.0, "attention_fraction": 1.0, "hbm_fraction": 1.0}
     batch = BatchPlanConfig(tokens_per_gpu=20_000, mean_len=1000)
-    config = replace(planned(gpus=1, peak_tflops=100, hbm_gbps=1e9, **fractions), batch=batch)
-    parts = {part.name: part for part in compute_parts(config, Workload.planned(config))}
+    config = replace(planned(gpus=1, peak_tflops=100, hbm_gbps=1e9, **FULL), batch=batch)
+    parts = parts_of(config)
     linear = 4 * 20_000 * (8 * 256 * 1024 + 6 * 256 * 256)
     pairs = 20 * 1000 * 1001 / 2
-    attention = 4 * 3.5 * 2 * pairs * 512
+    attention = 4 * 9 * 2 * pairs * 256  # two products forward, seven backward
     assert parts["linear layers"].flops == linear
     assert parts["linear layers"].seconds == pytest.approx(linear / 1e14)
     assert parts["attention"].flops == pytest.approx(attention)
     assert (parts["attention"].resource, parts["attention"].seconds) == ("compute", pytest.approx(attention / 1e14))
+
+
+@pytest.mark.parametrize(("gpu", "each"), [("h200", 5 * 64 + 4 * 16), ("cpu", 3.5 * (64 + 16))])
+def test_products_of_attention_go_with_both_widths(gpu: str, each: float) -> None:
+    """A = 64, V = 16. The Triton kernels' backward pass: A, V, V and A for k and v, then A, V and A for q."""
+    model = replace(MODEL, v_dim=16)
+    config = replace(planned(gpu=gpu, gpus=1), model=model, batch=BatchPlanConfig(tokens_per_gpu=2000, mean_len=1000))
+    assert parts_of(config)["attention"].flops == pytest.approx(4 * 2 * (2 * 1000 * 1001 / 2) * 4 * each)
+
+
+def test_attention_of_short_users_waits_for_memory() -> None:
+    """2,000 users of one token, 4 layers: 15 passes over 256 numbers of 2 bytes, and 9 products of one pair a user."""
+    model = replace(MODEL, max_len=1)
+    config = replace(planned(gpus=1, hbm_gbps=1, **FULL), model=model, batch=BatchPlanConfig(tokens_per_gpu=2000))
+    part = parts_of(config)["attention"]
+    assert (part.resource, part.seconds) == ("HBM bandwidth", pytest.approx(4 * 2000 * 15 * 256 * 2 / 1e9))
+    assert part.flops == pytest.approx(4 * 2 * 2000 * 9 * 256)
+
+
+def test_element_wise_work_waits_for_the_products() -> None:
+    """Six times what a layer keeps, its input of 4 D bytes and 5 D numbers of 2, at 1 GB/s; beside the products."""
+    config = planned(gpus=1, hbm_gbps=1, **FULL)
+    parts = parts_of(config)
+    moved = 4 * 6 * 20_000 * 14 * 256
+    assert parts["element-wise"].seconds == pytest.approx(moved / 1e9)
+    assert parts["linear layers"].bytes == 0.0 and parts["linear layers"].seconds > 0
+    step = plan_step(config, Workload.planned(config))
+    assert step.seconds == pytest.approx(sum(part.seconds for part in step.parts))
 
 
 @pytest.mark.parametrize(
@@ -354,3 +389,23 @@ def test_plan_that_does_not_fit_is_refused_with_numbers(capsys: pytest.CaptureFi
     expected = r"error: does not fit: [\d,.]+ GiB on each of 8 GPUs, 125.8 GiB can be used of 139.8"
     assert re.search(expected, printed.err)
     assert "cluster.gpus=" in printed.out and "embedding.dtype=bfloat16" in printed.out
+
+
+# Predicted against measured
+
+
+def test_a_record_is_predicted_anew_from_its_own_measurements(tmp_path: Path) -> None:
+    """Times and ceilings as recorded, predictions of today; another record is refused."""
+    pytest.importorskip("torch")
+    from benchmarks.plan_check import check_again
+
+    path = max((ROOT / "benchmarks" / "results").glob("*-plan-check-cpu.json"))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["timing"]["rows"] = [{**values["timing"]["rows"][0], "measured_ms": 100.0, "predicted_ms": 1.0}]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    (row,) = check_again(tmp_path / "old.json").timing["rows"]
+    assert (row["point"], row["measured_ms"]) == ("hstu-ml-1m", pytest.approx(100.0))
+    assert row["predicted_ms"] > 10 and row["ratio"] == pytest.approx(row["predicted_ms"] / 100)
+    (tmp_path / "other.json").write_text(json.dumps({**values, "name": "step-ml-1m-hstu"}))
+    with pytest.raises(UserError, match="a record of step-ml-1m-hstu, expected one of plan-check-cpu"):
+        check_again(tmp_path / "other.json")

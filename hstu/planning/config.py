@@ -139,10 +139,11 @@ class ClusterConfig:
     """Dense matrix products in ``precision``, TFLOP/s."""
     reserve: float = 0.1
     """Share of the memory that is left alone: CUDA's and NCCL's own, and what the allocator cannot use."""
-    linear_fraction: float = 0.4
-    """Share of the peak that linear layers reach."""
-    attention_fraction: float = 0.3
-    """Share of the peak that attention reaches."""
+    linear_fraction: float = 0.5
+    """Share of the peak that the products of linear layers reach; what is element-wise between them counts apart."""
+    attention_fraction: float = 0.2
+    """Share of the peak that attention reaches; the default is what published Triton kernels of HSTU reached in
+    training (docs/plan.md)."""
     hbm_fraction: float = 0.6
     """Share of the memory bandwidth that gathers, updates and element-wise work reach."""
     network_fraction: float = 0.7

@@ -37,8 +37,15 @@ from hstu.planning.work import Workload
 
 BACKWARD_ATTENTION = 2.5
 """Times the forward: five products, of which two are computed again (as benchmarks/ops/attention.py counts)."""
+PRODUCTS_OF_QK, PRODUCTS_OF_V = 5, 4
+"""Products of width A and of width V that the Triton kernels of HSTU's attention do for a pair: two forward, three in
+the backward kernel for q and its bias, four in that for k and v (kernels/attention/README.md)."""
+PASSES_OF_QK, PASSES_OF_V = 8, 7
+"""How often the same three kernels read or write q, k (or a gradient as large) and v, the output (or theirs)."""
 TOUCHES = 6.0
-"""A number that a layer keeps is written, read by the next op, read in the backward pass; so is its gradient."""
+"""A number that a layer keeps is written, read by the next op, read in the backward pass; so is its gradient. Of an
+HSTU layer with H A = H V = D under autocast that is 84 D bytes a token. What its kernels apart from products and
+attention read and write, one by one for D > 256 (norm twice, gate, gradients narrowed, joined and added), is 72."""
 SOFTMAX_PASSES = 12.0
 """Softmax attention written out in steps moves each weight so often, forward and backward."""
 ADAMW_FLOATS = 7.0
@@ -197,17 +204,15 @@ class TimePart:
 def compute_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     """Everything but communication, of a batch."""
     layers = config.model.num_blocks
-    cluster = config.cluster
     touched = TOUCHES * layers * layer_bytes(config, work)
     touched += 2 * early_workspace(config, work) + 2 * layers * shared_bytes(config, work)  # written, read
     linear = layers * work.tokens * _linear_flops(config)
-    parts = [
-        _part(config, "linear layers", linear, touched, cluster.linear_fraction),
+    return [
+        *_apart(config, ("linear layers", "element-wise"), linear, touched),
         _attention(config, work),
-        *(_loss_parts(config, work) if config.ranking is None else [_heads(config, work)]),
+        *(_loss_parts(config, work) if config.ranking is None else _heads(config, work)),
         *_embedding(config, work),
     ]
-    return parts
 
 
 def update_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
@@ -222,11 +227,19 @@ def update_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
 
 
 def _part(config: PlanConfig, name: str, flops: float, num_bytes: float, fraction: float) -> TimePart:
-    """The longer of its products and its bytes."""
+    """One kernel, which reads and writes while it computes: the longer of its products and its bytes."""
     compute_s = flops / (config.peak_tflops * 1e12 * fraction)
     bytes_s = num_bytes / (config.cluster.sheet.hbm_gbps * 1e9 * config.cluster.hbm_fraction)
     resource = "compute" if compute_s >= bytes_s else "HBM bandwidth"
     return TimePart(name, max(compute_s, bytes_s), resource, flops, num_bytes)
+
+
+def _apart(config: PlanConfig, names: tuple[str, str], flops: float, num_bytes: float) -> list[TimePart]:
+    """Products of linear layers, and what kernels of their own do between them: one waits for the other."""
+    products, rest = names
+    return [
+        _part(config, products, flops, 0.0, config.cluster.linear_fraction), _part(config, rest, 0.0, num_bytes, 1.0)
+    ]  # fmt: skip
 
 
 def _linear_flops(config: PlanConfig) -> float:
@@ -249,8 +262,13 @@ def _attention(config: PlanConfig, work: Workload) -> TimePart:
         squares = (
             config.torch_path and config.form.is_fused
         )  # prefixes that see forward: the torch path goes through all
-        flops = (1 + BACKWARD_ATTENTION) * 2.0 * (work.squares if squares else work.pairs) * widths
-        return _part(config, "attention", model.num_blocks * flops, 0.0, fraction)
+        each = (1 + BACKWARD_ATTENTION) * widths
+        if not config.torch_path:
+            each = model.num_heads * (PRODUCTS_OF_QK * model.qk_dim + PRODUCTS_OF_V * model.v_dim)
+        flops = 2.0 * (work.squares if squares else work.pairs) * each
+        row = model.num_heads * (PASSES_OF_QK * model.qk_dim + PASSES_OF_V * model.v_dim)
+        moved = work.tokens * row * config.activation_bytes
+        return _part(config, "attention", model.num_blocks * flops, model.num_blocks * moved, fraction)
     if isinstance(model, FuXiLinearConfig):
         return _part(config, "mixers", model.num_blocks * _mixer_flops(model, work), 0.0, fraction)
     padded = work.squares if config.torch_path else work.users * work.longest**2
@@ -282,7 +300,7 @@ def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     if is_mixture(config):
         pairs = work.tokens * (count + 1)
         moved = TOUCHES * (pairs * pair_bytes(config) + work.tokens * query_bytes(config))
-        return [_part(config, "loss", mixture_flops(config, work), moved, config.cluster.linear_fraction)]
+        return _apart(config, ("loss", "loss: rest"), mixture_flops(config, work), moved)
     if config.loss.name != "sampled_softmax":
         bank = bank_items(config.with_gpus(gpus), work)
         # The logits are computed again in the backward pass, but where a full softmax makes its gradients at once.
@@ -299,10 +317,10 @@ def _loss_parts(config: PlanConfig, work: Workload) -> list[TimePart]:
     return parts
 
 
-def _heads(config: PlanConfig, work: Workload) -> TimePart:
+def _heads(config: PlanConfig, work: Workload) -> list[TimePart]:
     """Tokens are put together and the heads are run: ranking."""
     kept = token_bytes(config, work) + head_bytes(config, work) + 2 * work.tokens * config.model.dim * FLOAT
-    return _part(config, "tokens and heads", head_flops(config, work), TOUCHES * kept, config.cluster.linear_fraction)
+    return _apart(config, ("heads", "tokens, heads: rest"), head_flops(config, work), TOUCHES * kept)
 
 
 def _embedding(config: PlanConfig, work: Workload) -> list[TimePart]:
