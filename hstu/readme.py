@@ -200,7 +200,7 @@ def _mean_std(value: Mapping[str, Any] | None) -> str:
 
 def _number(value: Any) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return "" if value is None else str(value)
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
