@@ -270,8 +270,8 @@ class RunConfig:
     """draw: every batch is drawn from all users. stream: for a log beyond memory (``data.shards``): each rank reads its
     own shards from front to back through a shuffle buffer."""
     buffer_users: int = 65536
-    """reader=stream: users (ranking: sequences) in the shuffle buffer of a rank. More mix better; their events are held
-    in memory."""
+    """reader=stream: users (ranking: sequences) in the shuffle buffers of all ranks together, every shard's the same
+    part. More mix better; their events are held in memory."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     selection: str = "validation"
     """validation: second-last item held out, best epoch by validation, test reported once.
@@ -331,8 +331,6 @@ class RunConfig:
         _check(self.buffer_users >= 1, "run.buffer_users", self.buffer_users, ">= 1")
         if self.reader == "stream":
             _check(tokens is None, "run.batch_tokens", tokens, "null with run.reader=stream")
-            alpha = self.stochastic_length.alpha
-            _check(alpha is None, "run.stochastic_length.alpha", alpha, "null with run.reader=stream")
         _one_of("run.selection", self.selection, ("validation", "reference"))
         _one_of("run.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("run.dense", self.dense, ("ddp", "fsdp"))
@@ -441,7 +439,6 @@ class Config:
             progressive = self.ranking is not None and self.ranking.mode == "progressive"
             _check(not progressive, "ranking.mode", "progressive",
                    f"epochs {beside}, which reads by user; hstu-stream goes through a log in time order")  # fmt: skip
-            _check(self.loss.event_weights == "none", "loss.event_weights", self.loss.event_weights, f"none {beside}")
         if self.embedding.kind == "sharded":
             self._check_sharded()
         else:

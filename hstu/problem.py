@@ -113,7 +113,9 @@ class Retrieval(Problem):
             raise UserError("no user has enough events to hold one out; loosen the filters or run.selection=reference")
         run = config.run
         if run.reader == "stream":
-            self.data: Any = StreamBatches(store, config.model.max_len, run, config.seed, world)
+            self.data: Any = StreamBatches(
+                store, config.model.max_len, run, config.seed, world, config.loss.event_weights
+            )
         else:
             columns = EventColumns(store, self.device, config.loss.event_weights)
             self.data = TrainBatches(

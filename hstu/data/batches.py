@@ -31,6 +31,7 @@ ORDER_SEED = 101
 """Purpose number of the seed that shuffles users."""
 DEVICE_SHARE = 0.25
 """Columns move to the GPU when they take at most this share of its free memory."""
+_CHUNK_ROWS = 1 << 22
 T = TypeVar("T")
 
 
@@ -104,17 +105,7 @@ class EventColumns:
     def __init__(self, store: SequenceStore, device: torch.device | None = None, event_weights: str = "none") -> None:
         target = torch.device(device or "cpu")
         self.output_device = target
-        if event_weights == "actions" and store.actions is None:
-            raise UserError(f"loss.event_weights=actions: the store {store.path} has no actions; use none")
-        self.weight_scale: float | None = None
-        self.has_zero_weights = False
-        if event_weights == "actions":
-            assert store.actions is not None
-            mean = float(np.mean(store.actions, dtype=np.float64)) if len(store.actions) else 1.0
-            if not np.isfinite(mean) or mean <= 0:
-                raise UserError(f"loss.event_weights=actions: the mean action is {mean}, expected > 0; use none")
-            self.weight_scale = 1.0 / mean
-            self.has_zero_weights = bool(np.count_nonzero(store.actions) < len(store.actions))
+        self.weight_scale, self.has_zero_weights = weighting(store, event_weights)
         columns = [store.item_ids, store.timestamps, store.actions]
         size = sum(c.nbytes for c in columns if c is not None)
         self.device = torch.device("cpu")
@@ -179,6 +170,23 @@ class EventColumns:
             counted=counted,
         )
         return batch if self.output_device == self.device else batch.to(self.output_device)
+
+
+def weighting(store: SequenceStore, event_weights: str) -> tuple[float | None, bool]:
+    """What actions are multiplied with to have mean 1 as weights (None: events weigh alike), and whether some are 0."""
+    if event_weights == "none":
+        return None, False
+    if store.actions is None:
+        raise UserError(f"loss.event_weights=actions: the store {store.path} has no actions; use none")
+    total, num_zero = 0.0, 0
+    for start in range(0, store.num_events, _CHUNK_ROWS):
+        actions = np.asarray(store.actions[start : start + _CHUNK_ROWS])
+        total += float(np.sum(actions, dtype=np.float64))
+        num_zero += len(actions) - int(np.count_nonzero(actions))
+    mean = total / store.num_events if store.num_events else 1.0
+    if not np.isfinite(mean) or mean <= 0:
+        raise UserError(f"loss.event_weights=actions: the mean action is {mean}, expected > 0; use none")
+    return 1.0 / mean, num_zero > 0
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,14 @@ import torch
 
 from hstu.config import Config
 from hstu.data.random_rows import rows_of, token_counts
-from hstu.data.ranking import RankingData
+from hstu.data.ranking import RankingData, Sequences
 from hstu.data.ranking_batches import PHASE_SEED, RankingBatch, count_sequences, cut, make_batch
-from hstu.data.shard_stream import (
-    PIECE_USERS,
-    PieceTable,
-    ShardBatches,
-    ShardSource,
-    column_types,
-    shards_of_ranks,
-    training_lengths,
-)
+from hstu.data.shard_source import PieceTable, ShardSource, pieces, training_lengths
+from hstu.data.shard_stream import ShardBatches, column_types, shards_of_ranks
 from hstu.data.sharded_store import ShardedStore
 from hstu.data.shuffle_buffer import Users, joined_ranges
 from hstu.data.splits import training_time
+from hstu.data.stream_length import StreamLength
 from hstu.errors import UserError
 from hstu.seeding import derive
 
@@ -46,7 +40,7 @@ class Cuts:
     """
 
     def __init__(self, store: ShardedStore, config: Config) -> None:
-        self.config = config
+        self.store, self.config = store, config
         time = training_time(store, config.run.selection)
         self.lengths = [training_lengths(shard, config.run.selection, time) for shard in store.shards]
         self._counts: dict[int, list[np.ndarray]] = {}
@@ -60,10 +54,18 @@ class Cuts:
             self._counts[epoch] = [self._of_shard(shard, epoch) for shard in range(len(self.lengths))]
         return self._counts[epoch]
 
+    def of_piece(self, number: int, piece: int, users: slice, epoch: int) -> Sequences:
+        """The sequences of a piece of shard ``number``; rows of users and events are those of the shard."""
+        lengths = self.lengths[number][users].astype(np.int64)
+        chosen = np.flatnonzero(lengths)
+        starts = np.asarray(self.store.shards[number].offsets[users])[chosen]
+        seed = self.seed(number, piece, epoch)
+        return cut(self.config, users.start + chosen, starts, starts, starts + lengths[chosen], seed)
+
     def _of_shard(self, shard: int, epoch: int) -> np.ndarray:
         found = []
-        for piece, start in enumerate(range(0, max(1, len(self.lengths[shard])), PIECE_USERS)):
-            lengths = self.lengths[shard][start : start + PIECE_USERS]
+        for piece, users in enumerate(pieces(self.store.shards[shard])):
+            lengths = self.lengths[shard][users]
             seed = self.seed(shard, piece, epoch)
             found.append(count_sequences(self.config, lengths[lengths > 0].astype(np.int64), seed))
         return np.array(found, np.int64)
@@ -89,11 +91,7 @@ class ShardSequences(ShardSource):
         return self.cuts.counts(epoch)[self.number]
 
     def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
-        lengths = self.cuts.lengths[self.number][users].astype(np.int64)
-        chosen = np.flatnonzero(lengths)
-        starts = np.asarray(self.shard.offsets[users])[chosen]
-        seed = self.cuts.seed(self.number, piece, epoch)
-        found = cut(self.cuts.config, users.start + chosen, starts, starts, starts + lengths[chosen], seed)
+        found = self.cuts.of_piece(self.number, piece, users, epoch)
         values = {"context": found.split - found.first, "first_row": self.first_row + found.first}
         return PieceTable(found.users, found.first, found.stop - found.first, values)
 
@@ -123,10 +121,53 @@ class RankingStreamBatches(ShardBatches[RankingBatch]):
         self.num_skipped, self.users = store.num_users - num_users, range(num_users)
         own = np.flatnonzero(owners == world.rank).tolist()
         sources: list[ShardSource] = [ShardSequences(data, self.cuts, number) for number in own]
-        super().__init__(sources, owners, column_types(store, sources), config.run, config.seed, world)
+        columns = column_types(store, sources) | {"place": np.dtype(np.int32)}
+        super().__init__(sources, owners, columns, config.run, config.seed, world, self._make_sampler(store, config))
+
+    def _make_sampler(self, store: ShardedStore, config: Config) -> StreamLength | None:
+        if config.run.stochastic_length.alpha is None:
+            return None
+        longest = min(config.model.max_len, max(int(lengths.max(initial=0)) for lengths in self.cuts.lengths))
+        found = (
+            self.cuts.of_piece(number, piece, users, epoch=0)
+            for number, shard in enumerate(store.shards)
+            for piece, users in enumerate(pieces(shard))
+        )
+        shapes, counts = zip(*(self._shapes(sequences) for sequences in found), strict=True)
+        whole, cuttable = np.concatenate(shapes, axis=1)
+        return StreamLength(config.run.stochastic_length, longest, config.seed, whole, cuttable, np.concatenate(counts))
+
+    def _shapes(self, found: Sequences) -> tuple[np.ndarray, np.ndarray]:
+        """[2, n] int64, events of a sequence and those that may be dropped; [n] how many sequences are so."""
+        lengths = found.stop - found.first
+        every = np.stack([lengths, self._cuttable(lengths, found.split - found.first)])
+        return np.unique(every, axis=1, return_counts=True)
+
+    def _cuttable(self, lengths: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """As of :class:`hstu.data.ranking_batches.RankingBatches`."""
+        return context if self.fused else lengths - 1
 
     def totals(self, epoch: int) -> np.ndarray:
         return np.array([counts.sum() for counts in self.cuts.counts(epoch)])
+
+    def prepared(self, users: Users, epoch: int) -> Users:
+        """With ``place``, where each event stands in its whole sequence."""
+        lengths, context = users.lengths, users.values["context"]
+        place = joined_ranges(np.zeros(len(users), np.int64), lengths)
+        columns = {**users.columns, "place": place.astype(np.int32)}
+        if self.sampler is None:
+            return replace(users, columns=columns)
+        cuttable, ids = self._cuttable(lengths, context), users.values["first_row"] + context
+        kept = self.sampler.kept(cuttable, ids, epoch)
+        events = np.flatnonzero(place < np.repeat(cuttable, lengths))
+        positions = self.sampler.positions(cuttable, kept, ids, epoch, users.columns["timestamps"][events])
+        stays = place >= np.repeat(cuttable, lengths)
+        stays[events[positions]] = True
+        owners = np.repeat(np.arange(len(users)), lengths)
+        before = np.bincount(owners, stays & (place < np.repeat(context, lengths)), len(users)).astype(np.int64)
+        columns = {name: column[stays] for name, column in columns.items()}
+        values = {**users.values, "context": before}
+        return replace(users, lengths=lengths - cuttable + kept, columns=columns, values=values)
 
     def count(self, users: Users) -> tuple[np.ndarray, np.ndarray]:
         tokens = token_counts(users.lengths, self.fused, self.data.num_prefix)
@@ -134,9 +175,9 @@ class RankingStreamBatches(ShardBatches[RankingBatch]):
 
     def make(self, users: Users) -> RankingBatch:
         lengths = users.lengths
-        rows = joined_ranges(users.values["first_row"], lengths)
-        place = joined_ranges(np.zeros(len(users), np.int64), lengths)
-        predicted = place >= np.repeat(users.values["context"], lengths)
+        rows = np.repeat(users.values["first_row"], lengths) + users.columns["place"]
+        number = joined_ranges(np.zeros(len(users), np.int64), lengths)
+        predicted = number >= np.repeat(users.values["context"], lengths)
         return make_batch(self.data, users.rows, lengths, rows, predicted, users.columns)
 
     def place(self, batch: RankingBatch, everyone: Users, chosen: np.ndarray) -> RankingBatch:

@@ -6,26 +6,28 @@ every step takes the same part of all of them: what a batch holds depends on the
 that read its users then send them to those that train on them (``hstu/data/exchange.py``).
 ``hstu/data/ranking_stream.py`` does it for ranking.
 
-Legend: S shards, G users of a batch of all ranks, R ranks, B users of this rank, L events.
+Legend: S shards, G users of a batch of all ranks, B users of this rank.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from hstu.data.batches import Batch
+from hstu.data.batches import Batch, weighting
 from hstu.data.exchange import Exchange
 from hstu.data.random_rows import rows_of
+from hstu.data.shard_source import PieceTable, ShardSource, count_by_piece, training_lengths
 from hstu.data.sharded_store import ShardedStore, assign_shards
 from hstu.data.share import Share
 from hstu.data.shuffle_buffer import ShuffleBuffer, Users, joined_ranges
-from hstu.data.splits import training_ends, training_time
+from hstu.data.splits import training_time
+from hstu.data.stream_length import StreamLength
 from hstu.errors import UserError
 from hstu.seeding import derive
 
@@ -35,154 +37,9 @@ if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
     from hstu.distributed import World
 
-SHARD_SEED = 102
-"""Purpose number of the seed that orders the pieces of a shard."""
-PIECE_USERS = 1 << 14
-"""Users of a shard that are read in sequence; pieces come in an order of the epoch."""
 TAKEN_USERS = 4096
 """Users that leave the buffers at once, for a few steps; no more than the buffers hold."""
-_PIECE_BITS = 40
-"""A reference is the piece above the place among the piece's training users."""
-_READ_ROWS = 1 << 22
-"""Event rows read at once; a longer single user is read whole."""
 B = TypeVar("B", bound=Any)
-
-
-@dataclass(frozen=True)
-class PieceTable:
-    """Training users of a piece, or sequences of them, in the order of the files: row of the user in the shard, first
-    event row, number of events, further numbers of each by name."""
-
-    users: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-class ShardSource(ABC):
-    """Users of a shard, or sequences of them, a source of :class:`ShuffleBuffer`: piece by piece, in an order of the
-    epoch."""
-
-    def __init__(self, store: ShardedStore, number: int, seed: int) -> None:
-        """number: of the shard."""
-        self.shard, self.number, self.seed = store.shards[number], number, seed
-        self.first_user = int(store.first_users[number])
-        self._table: tuple[int, int, PieceTable] | None = None
-
-    @abstractmethod
-    def counts(self, epoch: int) -> np.ndarray:
-        """int64, users in the table of each piece."""
-
-    @abstractmethod
-    def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
-        """The table of a piece; users: of the shard."""
-
-    @abstractmethod
-    def columns(self) -> Mapping[str, np.ndarray]:
-        """The event columns that are read."""
-
-    def begin(self, epoch: int) -> int:
-        generator = np.random.Generator(np.random.PCG64(derive(self.seed, SHARD_SEED, epoch, self.number)))
-        self._epoch, self._counts = epoch, self.counts(epoch)
-        self._order = generator.permutation(len(self._counts))
-        self._ends = np.cumsum(self._counts[self._order])
-        return int(self._counts.sum())
-
-    def refs(self, start: int, stop: int) -> np.ndarray:
-        positions = np.arange(start, stop)
-        place = np.searchsorted(self._ends, positions, side="right")
-        pieces = self._order[place]
-        return (pieces << _PIECE_BITS) + positions - (self._ends[place] - self._counts[pieces])
-
-    def fetch(self, refs: np.ndarray) -> Users:
-        pieces, places = refs >> _PIECE_BITS, refs & ((1 << _PIECE_BITS) - 1)
-        parts, at = [], []
-        for piece in dict.fromkeys(pieces.tolist()):
-            here = np.flatnonzero(pieces == piece)
-            parts.append(self._fetch_from(self._load_table(piece), refs[here], places[here]))
-            at.append(here)
-        if not parts:
-            return self._fetch_from(self._load_table(0), refs, places)
-        users = Users.concatenate(parts)
-        order = np.argsort(np.concatenate(at))
-        return users if np.array_equal(order, np.arange(len(order))) else users.take(order)
-
-    def _fetch_from(self, table: PieceTable, refs: np.ndarray, places: np.ndarray) -> Users:
-        sequential = len(places) > 0 and np.array_equal(places, np.arange(places[0], places[0] + len(places)))
-        starts, lengths = table.starts[places], table.lengths[places]
-        read = _read_in_sequence if sequential else _read_by_row
-        found = {name: read(column, starts, lengths) for name, column in self.columns().items()}
-        values = {name: value[places] for name, value in table.values.items()}
-        return Users(refs, self.first_user + table.users[places], lengths, found, values)
-
-    def _load_table(self, piece: int) -> PieceTable:
-        """Where the users of a piece lie. That of one piece is kept."""
-        if self._table is None or self._table[:2] != (piece, self._epoch):
-            users = slice(piece * PIECE_USERS, min((piece + 1) * PIECE_USERS, self.shard.num_users))
-            self._table = piece, self._epoch, self.make_table(users, piece, self._epoch)
-        return self._table[2]
-
-
-def training_lengths(shard: SequenceStore, selection: str, time: int | None) -> np.ndarray:
-    """int32, training events of each user. selection, time: as of :func:`hstu.data.splits.training_ends`."""
-    return (training_ends(shard, selection, time) - np.asarray(shard.offsets)[:-1]).astype(np.int32)
-
-
-def count_by_piece(counts: np.ndarray) -> np.ndarray:
-    """int64, the sum over each piece of what every user of a shard has; one empty piece of a shard without users."""
-    if len(counts) == 0:
-        return np.zeros(1, np.int64)
-    return np.add.reduceat(counts, np.arange(0, len(counts), PIECE_USERS), dtype=np.int64)
-
-
-class ShardUsers(ShardSource):
-    """Users with the last ``max_len + 1`` of their events that train. Users with fewer than two are left out."""
-
-    def __init__(self, store: ShardedStore, number: int, lengths: np.ndarray, max_len: int, seed: int) -> None:
-        """lengths: of :func:`training_lengths`."""
-        super().__init__(store, number, seed)
-        self.lengths, self.max_len = lengths, max_len
-        self._num_users = count_by_piece(lengths >= 2)
-        self.begin(0)
-
-    def counts(self, epoch: int) -> np.ndarray:
-        return self._num_users
-
-    def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
-        trained = self.lengths[users].astype(np.int64)
-        chosen = np.flatnonzero(trained >= 2)
-        lengths = np.minimum(trained[chosen], self.max_len + 1)
-        ends = np.asarray(self.shard.offsets[users])[chosen] + trained[chosen]
-        return PieceTable(users.start + chosen, ends - lengths, lengths)
-
-    def columns(self) -> Mapping[str, np.ndarray]:
-        store = self.shard
-        found = {"item_ids": store.item_ids, "timestamps": store.timestamps}
-        return found if store.actions is None else {**found, "actions": store.actions}
-
-
-def _read_in_sequence(column: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Rows of users that follow each other, through plain reads from front to back: nothing stays mapped."""
-    ends, parts, first = starts + lengths, [], 0
-    while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(ends, starts[first] + _READ_ROWS, side="right")))
-        begin, stop = int(starts[first]), int(ends[last - 1])
-        rows = joined_ranges(starts[first:last] - begin, lengths[first:last])
-        parts.append(_read_rows(column, begin, stop)[rows])
-        first = last
-    return np.concatenate(parts)
-
-
-def _read_rows(column: np.ndarray, start: int, stop: int) -> np.ndarray:
-    if not isinstance(column, np.memmap):
-        return column[start:stop]
-    assert column.filename is not None
-    offset = column.offset + start * column.dtype.itemsize
-    return np.fromfile(column.filename, column.dtype, stop - start, offset=offset)
-
-
-def _read_by_row(column: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    return np.asarray(column[joined_ranges(starts, lengths)])
 
 
 class ShardBatches(ABC, Generic[B]):
@@ -201,9 +58,9 @@ class ShardBatches(ABC, Generic[B]):
     num_skipped: int
 
     def __init__(self, sources: list[ShardSource], owners: np.ndarray, columns: dict[str, np.dtype], run: RunConfig,
-                 seed: int, world: World) -> None:  # fmt: skip
-        """sources: the shards of this rank. owners: [S] the rank of each. columns: what is read of an event."""
-        self.run, self.world = run, world
+                 seed: int, world: World, sampler: StreamLength | None) -> None:  # fmt: skip
+        """sources: the shards of this rank. owners: [S] the rank of each. columns: of an event as it travels."""
+        self.run, self.world, self.sampler = run, world, sampler
         self.own = [source.number for source in sources]
         share = -(-run.buffer_users // len(owners))
         self.buffers = [ShuffleBuffer(source, share, derive(seed, source.number)) for source in sources]
@@ -214,6 +71,10 @@ class ShardBatches(ABC, Generic[B]):
     @abstractmethod
     def totals(self, epoch: int) -> np.ndarray:
         """[S] int64. What every shard holds in an epoch: users, or sequences of them."""
+
+    @abstractmethod
+    def prepared(self, users: Users, epoch: int) -> Users:
+        """Users that were read, as they travel and train: with all that a batch needs, cut to what stays."""
 
     @abstractmethod
     def count(self, users: Users) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +92,8 @@ class ShardBatches(ABC, Generic[B]):
         return -(-int(self.totals(epoch).sum()) // self.run.batch_users)
 
     def savings(self, epoch: int, num_steps: int | None = None) -> dict[str, float]:
-        return {}
+        """As of :class:`hstu.data.batches.TrainBatches`, but on average over epochs: see :class:`StreamLength`."""
+        return {} if self.sampler is None else self.sampler.expected
 
     def share(self, epoch: int, step: int, ranks: Ranks) -> Share[B]:
         """What this rank trains on in a step."""
@@ -270,7 +132,7 @@ class ShardBatches(ABC, Generic[B]):
             for buffer in self.buffers:
                 buffer.start(epoch + 1)
             self._next = (epoch + 1, 0)
-        return TakenSteps(epoch, step, Users.concatenate(taken), left, self.own)
+        return TakenSteps(epoch, step, self.prepared(Users.concatenate(taken), epoch), left, self.own)
 
 
 @dataclass(frozen=True)
@@ -335,63 +197,111 @@ def shards_of_ranks(store: SequenceStore, world: World) -> tuple[ShardedStore, n
     return store, owners
 
 
+class ShardUsers(ShardSource):
+    """Users with the last ``max_len + 1`` of their events that train. Users with fewer than two are left out."""
+
+    def __init__(self, store: ShardedStore, number: int, lengths: np.ndarray, max_len: int, seed: int) -> None:
+        """lengths: of :func:`training_lengths`."""
+        super().__init__(store, number, seed)
+        self.lengths, self.max_len = lengths, max_len
+        self._num_users = count_by_piece(lengths >= 2)
+        self.begin(0)
+
+    def counts(self, epoch: int) -> np.ndarray:
+        return self._num_users
+
+    def make_table(self, users: slice, piece: int, epoch: int) -> PieceTable:
+        trained = self.lengths[users].astype(np.int64)
+        chosen = np.flatnonzero(trained >= 2)
+        lengths = np.minimum(trained[chosen], self.max_len + 1)
+        ends = np.asarray(self.shard.offsets[users])[chosen] + trained[chosen]
+        return PieceTable(users.start + chosen, ends - lengths, lengths)
+
+    def columns(self) -> Mapping[str, np.ndarray]:
+        store = self.shard
+        found = {"item_ids": store.item_ids, "timestamps": store.timestamps}
+        return found if store.actions is None else {**found, "actions": store.actions}
+
+
 class StreamBatches(ShardBatches[Batch]):
     """Users with their last events, for retrieval.
 
-    Raises UserError where there are fewer shards than ranks, or no user has two training events.
+    Raises UserError where there are fewer shards than ranks, no user has two training events, or events cannot be
+    weighted by their actions.
     """
 
-    def __init__(self, store: SequenceStore, max_len: int, run: RunConfig, seed: int, world: World) -> None:
+    def __init__(
+        self, store: SequenceStore, max_len: int, run: RunConfig, seed: int, world: World, event_weights: str = "none"
+    ) -> None:
         whole, owners = shards_of_ranks(store, world)
         time = training_time(store, run.selection)
         sources: list[ShardSource] = []
         self._totals = np.zeros(len(whole.shards), np.int64)
+        sizes = np.zeros(max_len + 1, np.int64)  # users by their inputs
         for number, shard in enumerate(whole.shards):
             lengths = training_lengths(shard, run.selection, time)
-            self._totals[number] = np.count_nonzero(lengths >= 2)
+            inputs = np.minimum(lengths[lengths >= 2] - 1, max_len)
+            self._totals[number] = len(inputs)
+            sizes += np.bincount(inputs, minlength=max_len + 1)
             if owners[number] == world.rank:
                 sources.append(ShardUsers(whole, number, lengths, max_len, seed))
         total = int(self._totals.sum())
         if total == 0:
             raise UserError(f"{store.path}: no user has two training events; loosen the filters or the split")
         self.num_skipped, self.users = store.num_users - total, range(total)
-        super().__init__(sources, owners, column_types(whole, sources), run, seed, world)
+        self.weight_scale, self.has_zero_weights = weighting(whole, event_weights)
+        sampler, config = None, run.stochastic_length
+        if config.alpha is not None:
+            n = np.arange(max_len + 1)
+            sampler = StreamLength(config, int(np.flatnonzero(sizes)[-1]), seed, n, n, sizes)
+        columns = column_types(whole, sources)
+        columns |= {f"next_{name}": dtype for name, dtype in columns.items()}
+        super().__init__(sources, owners, columns, run, seed, world, sampler)
 
     def totals(self, epoch: int) -> np.ndarray:
         return self._totals
 
+    def prepared(self, users: Users, epoch: int) -> Users:
+        """The inputs of each user, with the event after each; dropped ones are still what comes after those before."""
+        inputs = users.lengths - 1
+        rows = joined_ranges(np.cumsum(users.lengths) - users.lengths, inputs)
+        kept = inputs
+        if self.sampler is not None:
+            kept = self.sampler.kept(inputs, users.rows, epoch)
+            times = users.columns["timestamps"][rows]
+            rows = rows[self.sampler.positions(inputs, kept, users.rows, epoch, times)]
+        columns = {name: column[rows] for name, column in users.columns.items()}
+        columns |= {f"next_{name}": column[rows + 1] for name, column in users.columns.items()}
+        return Users(users.refs, users.rows, kept, columns, users.values)
+
     def count(self, users: Users) -> tuple[np.ndarray, np.ndarray]:
-        return users.lengths - 1, users.lengths - 1
+        return users.lengths, users.lengths
 
     def make(self, users: Users) -> Batch:
-        return make_batch(users)
+        columns, actions = users.columns, users.columns.get("actions")
+        weights = counted = None
+        if self.weight_scale is not None:
+            weights = torch.from_numpy(columns["next_actions"]) * self.weight_scale
+            counted = weights.nonzero()[:, 0] if self.has_zero_weights else None
+        return Batch(
+            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(users.lengths)]).astype(np.int64)),
+            item_ids=torch.from_numpy(columns["item_ids"].astype(np.int64)),
+            timestamps=torch.from_numpy(columns["timestamps"]),
+            request_times=torch.from_numpy(columns["next_timestamps"]),
+            labels=torch.from_numpy(columns["next_item_ids"].astype(np.int64)),
+            users=torch.from_numpy(users.rows),
+            max_len=int(users.lengths.max(initial=0)),
+            weights=weights,
+            actions=None if actions is None else torch.from_numpy(actions),
+            counted=counted,
+        )
 
     def place(self, batch: Batch, everyone: Users, chosen: np.ndarray) -> Batch:
-        inputs = everyone.lengths - 1
-        return replace(batch, random_rows=torch.from_numpy(rows_of(inputs, chosen)), max_len=int(inputs.max()))
+        lengths = everyone.lengths
+        return replace(batch, random_rows=torch.from_numpy(rows_of(lengths, chosen)), max_len=int(lengths.max()))
 
 
 def column_types(store: ShardedStore, sources: list[ShardSource]) -> dict[str, np.dtype]:
     """Of the event columns that are read, over all shards: texts are as wide as the widest."""
     whole = {"item_ids": store.item_ids, "timestamps": store.timestamps, "actions": store.actions, **store.columns}
     return {name: whole[name].dtype for name in sources[0].columns()}
-
-
-def make_batch(users: Users) -> Batch:
-    """The batch of users whose last event is only a label."""
-    lengths = users.lengths - 1
-    starts = np.cumsum(users.lengths) - users.lengths
-    rows = joined_ranges(starts, lengths)  # [L] inputs; the label of a row is the row after it
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    items, times = users.columns["item_ids"].astype(np.int64), users.columns["timestamps"]
-    actions = users.columns.get("actions")
-    return Batch(
-        offsets=torch.from_numpy(offsets),
-        item_ids=torch.from_numpy(items[rows]),
-        timestamps=torch.from_numpy(times[rows]),
-        request_times=torch.from_numpy(times[rows + 1]),
-        labels=torch.from_numpy(items[rows + 1]),
-        users=torch.from_numpy(users.rows),
-        max_len=int(lengths.max(initial=0)),
-        actions=None if actions is None else torch.from_numpy(actions[rows]),
-    )

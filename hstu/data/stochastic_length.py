@@ -12,7 +12,7 @@ Legend: B sequences, L events of the joined sequences, K events kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def draw_lengths(lengths: np.ndarray, longest: int, alpha: float, rng: np.random
     return np.where(whole, lengths, np.minimum(lengths, cut_length(longest, alpha)))
 
 
-def select_positions(lengths: np.ndarray, kept: np.ndarray, selection: str, rng: np.random.Generator,
+def select_positions(lengths: np.ndarray, kept: np.ndarray, selection: str, draw: Callable[[np.ndarray], np.ndarray],
                      timestamps: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     """[K] int64, ascending. Which events of the joined sequences stay: ``kept[b]`` of the ``lengths[b]`` of each.
 
@@ -56,6 +56,7 @@ def select_positions(lengths: np.ndarray, kept: np.ndarray, selection: str, rng:
         kept: [B] int64, at most ``lengths``.
         selection: ``recent`` (the last ones), ``uniform`` (at random without replacement) or ``recency`` (without
             replacement by the weights of :func:`recency_weights`).
+        draw: gives independent numbers, exponentially distributed with mean 1, for the events at some places.
         timestamps: [L] int64, s. Needed for ``recency`` only.
     """
     if selection == "recent":
@@ -66,7 +67,7 @@ def select_positions(lengths: np.ndarray, kept: np.ndarray, selection: str, rng:
     keep = np.repeat(~is_cut, lengths)
     places = np.flatnonzero(~keep)
     cut, left = lengths[is_cut], kept[is_cut]
-    keys = rng.standard_exponential(len(places))
+    keys = draw(places)
     if selection == "recency":
         assert timestamps is not None
         # The k smallest of Exp(1) / w are k drawn without replacement by weight (Efraimidis and Spirakis 2006);
@@ -77,6 +78,11 @@ def select_positions(lengths: np.ndarray, kept: np.ndarray, selection: str, rng:
     ranks = np.arange(len(places)) - np.repeat(np.cumsum(cut) - cut, cut)
     keep[places[order[ranks < np.repeat(left, cut)]]] = True
     return np.flatnonzero(keep)
+
+
+def exponential(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """``draw`` of :func:`select_positions` from one generator."""
+    return lambda places: rng.standard_exponential(len(places))
 
 
 def recency_weights(timestamps: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -142,4 +148,4 @@ class StochasticLength:
                   timestamps: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
         """[K] int64. Kept events of one batch; arguments as in select_positions."""
         rng = np.random.Generator(np.random.PCG64(derive(self.seed, SELECT_SEED, epoch, step)))
-        return select_positions(lengths, kept, self.selection, rng, timestamps)
+        return select_positions(lengths, kept, self.selection, exponential(rng), timestamps)

@@ -162,10 +162,13 @@ def batches_of_rank(path: Path, settings: Config, epoch: int) -> tuple[list[int]
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_share_the_batches_of_one(stores: dict[str, SequenceStore], form: str, size: int) -> None:
+@pytest.mark.parametrize(("size", "alpha"), [(2, None), (3, 1.2)], ids=["whole", "cut"])
+def test_ranks_share_the_batches_of_one(
+    stores: dict[str, SequenceStore], form: str, size: int, alpha: float | None
+) -> None:
     """Sequences of a batch of one rank with all they have are each on one rank, with the places of their tokens."""
-    store, settings = stores["last"], config(form)
+    store, cut = stores["last"], StochasticLengthConfig(alpha, "recency")
+    settings = config(form, run_stochastic_length=cut)
     shards, ranks = zip(*run_ranks(size, batches_of_rank, store.path, settings, 1), strict=True)
     assert sorted(sum(shards, [])) == [0, 1, 2, 3, 4]
     alone = make(store, settings)
@@ -187,6 +190,29 @@ def test_ranks_share_the_batches_of_one(stores: dict[str, SequenceStore], form: 
         whole = contents(expected)
         assert merged[:2] == list(whole[:2]) and sorted(merged[2]) == sorted(whole[2])
     assert step + 1 == alone.num_steps(1)
+
+
+@pytest.mark.parametrize("form", ["interleaved", "fused"])
+def test_cut_sequences(stores: dict[str, SequenceStore], form: str) -> None:
+    """A dropped event is not predicted in the interleaved form; the fused form predicts all, from less."""
+    settings = config(form, run_stochastic_length=StochasticLengthConfig(1.2, "uniform"))
+    whole, cut = make(stores["last"], config(form)), make(stores["last"], settings)
+    assert whole.num_steps(0) == cut.num_steps(0)
+    lengths, dropped = [0, 0], 0
+    for step in range(whole.num_steps(0)):
+        before, after = (data.share(0, step, Ranks()).batch for data in (whole, cut))
+        (rows, users, _), (kept_rows, kept_users, _) = contents(before), contents(after)
+        assert users == kept_users and kept_rows.items() <= rows.items()
+        assert before.users.tolist() == after.users.tolist()
+        assert torch.all(after.offsets.diff() <= before.offsets.diff())
+        assert torch.equal(after.rows, before.rows) or form == "interleaved"
+        tokens = [list(zip(b.item_ids.tolist(), b.timestamps.tolist(), strict=True)) for b in (before, after)]
+        left = iter(tokens[0])
+        assert all(token in left for token in tokens[1]), "in the order of the log"
+        lengths = [n + len(t) for n, t in zip(lengths, tokens, strict=True)]
+        dropped += len(rows) - len(kept_rows)
+    assert lengths[1] < lengths[0] and (dropped > 0) == (form == "interleaved")
+    assert 1 - lengths[1] / lengths[0] == pytest.approx(cut.savings(0)["tokens_dropped"], rel=0.1)
 
 
 def test_any_step_continues_as_if_never_stopped(stores: dict[str, SequenceStore]) -> None:
@@ -264,10 +290,8 @@ def test_features_of_shards_and_of_one_store(stores: dict[str, SequenceStore]) -
         (lambda s: make(s["single"], config()), "run.reader=stream: .* is one store; prepare it with data.shards=S"),
         (lambda s: config_of(ranking_config(mode="progressive"), run_reader="stream"),
          "ranking.mode='progressive': expected epochs with run.reader=stream, .* hstu-stream"),
-        (lambda s: config(run_stochastic_length=StochasticLengthConfig(alpha=1.5)),
-         "run.stochastic_length.alpha=1.5: expected null with run.reader=stream"),
     ],
-    ids=["ranks", "one store", "progressive", "stochastic length"],
+    ids=["ranks", "one store", "progressive"],
 )  # fmt: skip
 def test_what_a_stream_cannot_do_is_refused(stores: dict[str, SequenceStore], make_it: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.config import RunConfig
+from hstu.config import RunConfig, StochasticLengthConfig
 from hstu.data.batches import Batch, EventColumns, TrainBatches
 from hstu.data.shard_stream import StreamBatches, apportion
 from hstu.data.sharded_store import ShardedStore
@@ -25,6 +25,7 @@ from tests.data.test_sharded import write_files
 from tests.ranks import run_ranks
 
 MAX_LEN = 9
+WHOLE, CUT = StochasticLengthConfig(), StochasticLengthConfig(1.1, "recency")
 
 
 class Counting:
@@ -115,10 +116,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SequenceStore]
 
 
 def make(
-    store: SequenceStore, selection: str = "validation", world: World | None = None, seed: int = 3
-) -> StreamBatches:
-    run = RunConfig(reader="stream", selection=selection, batch_users=16, buffer_users=40)
-    return StreamBatches(store, MAX_LEN, run, seed, world or World())
+    store: SequenceStore, selection: str = "validation", world: World | None = None, seed: int = 3,
+    cut: StochasticLengthConfig = WHOLE, event_weights: str = "none",
+) -> StreamBatches:  # fmt: skip
+    run = RunConfig(reader="stream", selection=selection, batch_users=16, buffer_users=40, stochastic_length=cut)
+    return StreamBatches(store, MAX_LEN, run, seed, world or World(), event_weights)
 
 
 def histories(batch: Any) -> dict[int, tuple[list[int], ...]]:
@@ -152,29 +154,33 @@ def test_an_epoch_holds_what_drawing_from_all_users_holds(
     assert found == expected
 
 
-def shares_of_rank(path: Path, epoch: int) -> tuple[set[str], list[tuple[Batch, int, list[float]]]]:
+def shares_of_rank(
+    path: Path, epoch: int, cut: StochasticLengthConfig
+) -> tuple[set[str], list[tuple[Batch, int, list[float]]]]:
     """Shards that this rank reads; of every step its batch, the events of all ranks and their work."""
     world = World.current()
     store = SequenceStore.open(path)
     assert isinstance(store, ShardedStore)
-    data = make(store, world=world)
+    data = make(store, world=world, cut=cut, event_weights="actions")
     shares = [data.share(epoch, s, Ranks(world.rank, world.size, 2.0)) for s in range(data.num_steps(epoch))]
     return {store.shards[n].path.name for n in data.own}, [(s.batch, s.num_events, s.work.tolist()) for s in shares]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_share_the_batches_of_one(stores: dict[str, SequenceStore], size: int) -> None:
+@pytest.mark.parametrize(("size", "cut"), [(2, WHOLE), (4, WHOLE), (3, CUT)], ids=["2", "4", "3, cut"])
+def test_ranks_share_the_batches_of_one(
+    stores: dict[str, SequenceStore], size: int, cut: StochasticLengthConfig
+) -> None:
     """Every event of a batch of one rank is on one rank, in its place; users are divided by work."""
     store = stores["last"]
-    files, ranks = zip(*run_ranks(size, shares_of_rank, store.path, 1), strict=True)
+    files, ranks = zip(*run_ranks(size, shares_of_rank, store.path, 1, cut), strict=True)
     assert sum(map(len, files)) == len(set.union(*files)) == 5, "every file is read by one rank"
-    alone = make(store)
+    alone = make(store, cut=cut, event_weights="actions")
     for step, parts in enumerate(zip(*ranks, strict=True)):
         expected = alone.share(1, step, Ranks()).batch
         batches = [batch for batch, _, _ in parts]
         places = torch.cat([batch.random_rows for batch in batches])
         assert sorted(places.tolist()) == list(range(expected.num_events))
-        for name in ("item_ids", "timestamps", "request_times", "labels", "actions"):
+        for name in ("item_ids", "timestamps", "request_times", "labels", "actions", "weights"):
             found = torch.cat([getattr(batch, name) for batch in batches])
             assert torch.equal(found[places.argsort()], getattr(expected, name)), name
         owners, work = Ranks(0, size, 2.0).divide_all(expected.offsets.diff().numpy())
@@ -183,6 +189,46 @@ def test_ranks_share_the_batches_of_one(stores: dict[str, SequenceStore], size: 
             assert (batch.max_len, num_events) == (expected.max_len, expected.num_events)
             assert work_of_ranks == work.tolist()
     assert step + 1 == alone.num_steps(1)
+
+
+def test_a_cut_user_keeps_some_inputs_each_with_what_follows_in_the_log(stores: dict[str, SequenceStore]) -> None:
+    whole, cut = make(stores["last"]), make(stores["last"], cut=CUT)
+    dropped, total = np.zeros(2), 0
+    for epoch in range(2):
+        every = [histories(whole.share(epoch, s, Ranks()).batch) for s in range(whole.num_steps(epoch))]
+        some = [histories(cut.share(epoch, s, Ranks()).batch) for s in range(cut.num_steps(epoch))]
+        for before, after in zip(every, some, strict=True):
+            assert list(before) == list(after), "the same users in the same batches"
+            for user, events in after.items():
+                left = iter(zip(*before[user], strict=True))
+                assert all(event in left for event in zip(*events, strict=True))
+                assert len(events[0]) in (len(before[user][0]), 3), "9 events at most: cut to 9^0.55"
+                dropped[epoch] += len(before[user][0]) - len(events[0])
+                total += len(before[user][0])
+    assert dropped.min() > 0 and dropped[0] != dropped[1]
+    assert dropped.sum() / total == pytest.approx(cut.savings(0)["tokens_dropped"], rel=0.2)
+    assert whole.savings(0) == {}
+
+
+def weights_of(data: Any) -> dict[tuple[int, int], float]:
+    """(user, time) -> weight, of an epoch; those of weight 0 are not counted."""
+    found = {}
+    for step in range(data.num_steps(0)):
+        batch = data.share(0, step, Ranks()).batch
+        users = batch.users.repeat_interleave(batch.offsets.diff()).tolist()
+        found |= dict(zip(zip(users, batch.timestamps.tolist(), strict=True), batch.weights.tolist(), strict=True))
+        assert batch.counted.tolist() == batch.weights.nonzero()[:, 0].tolist()
+    return found
+
+
+def test_events_weigh_by_the_action_that_follows(tmp_path: Path) -> None:
+    lines = [f"u{u},{i},{1000 + i},{(u + i) % 3}" for u in range(30) for i in range(6)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,timestamp,stars", *lines]) + "\n")
+    store = prepare_log(tmp_path, tmp_path / "log.csv", {"action": "stars"}, shards=2)
+    columns = EventColumns(store, event_weights="actions")
+    found = weights_of(make(store, event_weights="actions"))
+    assert found == weights_of(TrainBatches(columns, store, make_split(store), MAX_LEN, seed=3, batch_users=16))
+    assert set(found.values()) == {0.0, 1.0, 2.0} and len(found) == 30 * 3, "the mean action is 1"
 
 
 def test_every_batch_mixes_all_shards_in_their_shares(stores: dict[str, SequenceStore]) -> None:
@@ -200,7 +246,7 @@ def test_pieces_are_read_in_an_order_of_the_epoch(
 ) -> None:
     whole = {u: h for e in [make(stores["last"])] for s in range(e.num_steps(0))
              for u, h in histories(e.share(0, s, Ranks()).batch).items()}  # fmt: skip
-    monkeypatch.setattr("hstu.data.shard_stream.PIECE_USERS", 4)
+    monkeypatch.setattr("hstu.data.shard_source.PIECE_USERS", 4)
     stream, found, orders = make(stores["last"]), {}, []
     for epoch in range(2):
         for step in range(stream.num_steps(epoch)):

@@ -14,6 +14,7 @@ from hstu.data.stochastic_length import (
     StochasticLength,
     cut_length,
     draw_lengths,
+    exponential,
     recency_weights,
     savings,
     select_positions,
@@ -90,7 +91,7 @@ def test_unknown_selection_is_refused_and_the_default_is_off():
 
 
 def test_recent_keeps_the_last_events():
-    kept = select_positions(np.array([4, 2, 0, 3]), np.array([2, 2, 0, 1]), "recent", random())
+    kept = select_positions(np.array([4, 2, 0, 3]), np.array([2, 2, 0, 1]), "recent", exponential(random()))
     assert kept.tolist() == [2, 3, 4, 5, 8]
 
 
@@ -100,7 +101,7 @@ def test_order_is_kept_and_every_sequence_has_its_length(selection):
     lengths = rng.integers(0, 50, 40)
     kept = np.minimum(lengths, rng.integers(0, 50, 40))
     times = np.concatenate([np.sort(rng.integers(0, 10**6, n)) for n in lengths])
-    positions = select_positions(lengths, kept, selection, rng, times)
+    positions = select_positions(lengths, kept, selection, exponential(rng), times)
     assert (np.diff(positions) > 0).all()
     owner = np.repeat(np.arange(40), lengths)[positions]
     np.testing.assert_array_equal(np.bincount(owner, minlength=40), kept)
@@ -108,7 +109,9 @@ def test_order_is_kept_and_every_sequence_has_its_length(selection):
 
 def test_uniform_takes_every_subset_equally_often():
     trials = 6000
-    positions = select_positions(np.full(trials, 4), np.full(trials, 2), "uniform", random(1)).reshape(trials, 2)
+    positions = select_positions(np.full(trials, 4), np.full(trials, 2), "uniform", exponential(random(1))).reshape(
+        trials, 2
+    )
     chosen = [tuple(row) for row in (positions - 4 * np.arange(trials)[:, None]).tolist()]
     pairs = list(itertools.combinations(range(4), 2))
     assert set(chosen) == set(pairs)
@@ -123,7 +126,9 @@ def test_recency_weights_by_hand():
 
 def test_recency_draws_in_proportion_to_the_weights():
     trials, times = 6000, np.array([10, 14, 16])
-    positions = select_positions(np.full(trials, 3), np.full(trials, 1), "recency", random(2), np.tile(times, trials))
+    positions = select_positions(
+        np.full(trials, 3), np.full(trials, 1), "recency", exponential(random(2)), np.tile(times, trials)
+    )
     counts = np.bincount(positions - 3 * np.arange(trials), minlength=3)
     total = 0.25 + 0.75 + 1.0
     assert all(within(c, trials, w / total) for c, w in zip(counts, (0.25, 0.75, 1.0), strict=True))
@@ -131,7 +136,9 @@ def test_recency_draws_in_proportion_to_the_weights():
 
 def test_recency_leaves_an_event_of_weight_0_to_the_end():
     # Of two events at different times the first has all the age, hence weight 0.
-    positions = select_positions(np.full(500, 2), np.full(500, 1), "recency", random(4), np.tile([3, 9], 500))
+    positions = select_positions(
+        np.full(500, 2), np.full(500, 1), "recency", exponential(random(4)), np.tile([3, 9], 500)
+    )
     assert (positions % 2 == 1).all()
 
 
