@@ -34,11 +34,14 @@ _JULY_2026 = "43465aeabf61515e28d74cbb5234ff7c627dcc19 (2026-07-23)"
 ANALYSIS = Source(f"{_RECSYS}: {_FOLDER}/PERF_ANALYSIS.md", _JULY_2026, "16 H100 SXM, 2 DGX nodes")
 END_TO_END = Source(f"{_RECSYS}: {_FOLDER}/E2E_BENCHMARK.md", f"{_JULY_2026}; run at bc40d89c", ANALYSIS.hardware)
 LAYERS = Source(
-    f"{_RECSYS}: examples/hstu/benchmark/hstu_layer_perf.png, hstu_layer_benchmark.py, training/utils.py",
-    "d05bc54ac7c4484541e6dd6efe5063774e6c4389 (2025-10-13)",
+    f"{_RECSYS}: examples/hstu/benchmark/README.md",
+    "4b4bf782be66588eebe95aa890fc0563061e3893 (2025-06-16)",
     "1 H100 SXM",
 )
-SNAPSHOT = Source(f"{_RECSYS}: examples/hstu/benchmark/memory_snapshot.png", LAYERS.version, LAYERS.hardware)
+SNAPSHOT = Source(
+    f"{_RECSYS}: examples/hstu/benchmark/memory_snapshot.png", "d05bc54ac7c4484541e6dd6efe5063774e6c4389 (2025-10-13)",
+    LAYERS.hardware,
+)  # fmt: skip
 HEATMAP = Source(f"{_RECSYS}: {_FOLDER}/figs/hstu_attn_h100_p10_heatmap.png", _JULY_2026, "1 H100 SXM")
 TRITONBENCH = Source(
     "github.com/meta-pytorch/tritonbench/issues/1066; shapes and count of operators/ragged_attention/operator.py",
@@ -60,19 +63,17 @@ ONE_GPU = (
 
 
 def recsys_tflop(
-    lengths: np.ndarray, layers: int, contextual: int = 0, output: bool = True, squares: np.ndarray | None = None
+    lengths: np.ndarray, layers: int, contextual: int = 0, squares: np.ndarray | None = None
 ) -> dict[str, float]:
     """Work of a step as that repository counts it: causal, backward of attention 2.5 times the forward; D = H A = 1024.
 
-    Args:
-        lengths: [B] tokens of each user. squares: [B] n^2, where lengths are means.
-        output: whether the output projection counts in full; in the chart of 2025 a slip left all but 1/A of it out.
+    lengths: [B] tokens of each user. squares: [B] n^2, where lengths are means.
     """
     dim, heads, width = 1024, 4, 256
     squares = lengths**2 if squares is None else squares
     history = squares - 2 * contextual * lengths + contextual**2
     attention = 3.5 * (4 * heads * width * squares - 2 * heads * width * history)
-    linear = 3 * 2 * lengths * 4 * heads * width * dim + 3 * 2 * lengths * heads * dim * (width if output else 1)
+    linear = 3 * 2 * lengths * 4 * heads * width * dim + 3 * 2 * lengths * heads * width * dim
     rest = 2 * lengths * heads * width + lengths * heads * dim
     return {name: layers * float(np.sum(part)) / 1e12
             for name, part in (("linear layers", linear), ("attention", attention), ("rest", rest))}  # fmt: skip
@@ -227,39 +228,32 @@ ZIPF_STEPS = (
 # One layer
 
 LAYER_LENGTHS = (1024, 2048, 4096, 8192)
-LAYER_TFLOPS = {
-    "Triton": (195.4, 213.6, 229.3, 242.6),
-    "CUTLASS": (229.1, 278.7, 342.8, 417.2),
-    "CUTLASS, fused": (302.0, 352.8, 412.5, 476.5),
-    "CUTLASS, fused, recomputed": (269.6, 320.1, 381.9, 450.9),
+LAYER_MS = {
+    "Triton": (6.6515, 16.0452, 44.3293, 137.9320),
+    "CUTLASS": (5.8640, 12.9900, 31.7074, 88.3084),
+    "CUTLASS, fused": (3.8854, 9.1797, 24.5428, 74.7734),
+    "CUTLASS, fused, recomputed": (4.1149, 9.7622, 25.5000, 76.3875),
 }
-"""Achieved TFLOP/s of forward and backward, 32 users of each of these lengths, as written over the chart's bars. The
-Triton kernels are those of meta-recsys/generative-recommenders, with nothing fused around them; recomputed: norm and
-SiLU, not the product."""
+"""Forward and backward of a layer, 32 users of each of these lengths, 4 heads of 256. The Triton kernels are those of
+meta-recsys/generative-recommenders, with nothing fused around them; recomputed: norm and SiLU, not the product. (A
+chart of October 2025 gives TFLOP/s instead, of work whose count is not certain.)"""
 LAYER_OPTIONS = (
     "model.dim=1024", "model.num_blocks=1", "model.num_heads=4", "model.qk_dim=256", "model.v_dim=256",
     *ONE_GPU,
 )  # fmt: skip
 
 
-def layer_ms(kernels: str, length: int) -> float:
-    """Milliseconds of forward and backward of one layer, from the chart."""
-    work = sum(recsys_tflop(np.full(USERS, float(length)), 1, output=False).values())
-    return 1e3 * work / LAYER_TFLOPS[kernels][LAYER_LENGTHS.index(length)]
-
-
 def layers() -> list[Measured]:
-    """Every bar of the chart."""
+    """Every cell of the table."""
     found = []
-    for kernels in LAYER_TFLOPS:
-        for length in LAYER_LENGTHS:
+    for kernels, times in LAYER_MS.items():
+        for length, measured in zip(LAYER_LENGTHS, times, strict=True):
             work = recsys_tflop(np.full(USERS, float(length)), 1)
             shape = (f"model.max_len={length}", f"batch.mean_len={length}", f"batch.tokens_per_gpu={USERS * length}")
             found.append(Measured(
                 name=f"layer, {length:,} tokens", source=LAYERS, kernels=kernels, options=(*LAYER_OPTIONS, *shape),
-                total_ms=layer_ms(kernels, length), is_step=False,
+                total_ms=measured, is_step=False,
                 tflop={name: work[name] for name in ("linear layers", "attention")},
-                attention_share=None if kernels == "Triton" else cutlass_share(length),
                 differences=RANKING_DIFFERENCES[2:],
             ))  # fmt: skip
     return found
@@ -307,9 +301,10 @@ def _inference_tflops() -> tuple[float, float]:
 
 
 def triton_attention_tflops(length: int) -> float:
-    """Of the layers' Triton attention, forward and backward: the time by which that layer is slower than the one with
-    CUTLASS attention, and CUTLASS attention's own (of a later release)."""
-    slower_ms = layer_ms("Triton", length) - layer_ms("CUTLASS", length)
+    """At most, of the layers' Triton attention, forward and backward: it takes the time by which that layer is slower
+    than the one with CUTLASS attention, and at least what CUTLASS attention took a year later."""
+    place = LAYER_LENGTHS.index(length)
+    slower_ms = LAYER_MS["Triton"][place] - LAYER_MS["CUTLASS"][place]
     own_ms = HEATMAP_MS[256][HEATMAP_LENGTHS.index(length)]
     return 1e3 * recsys_tflop(np.full(USERS, float(length)), 1)["attention"] / (slower_ms + own_ms)
 
@@ -329,7 +324,7 @@ def shares() -> list[Share]:
         Share("attention_fraction", "forward, heads of 128, inference", "Triton", INFERENCE, attention, H100_TFLOPS),
     ]
     found += [
-        Share("attention_fraction", f"both, heads of 256, {length:,} tokens", "Triton", LAYERS,
+        Share("attention_fraction", f"both, heads of 256, {length:,} tokens, at most", "Triton", LAYERS,
               triton_attention_tflops(length), H100_TFLOPS)
         for length in LAYER_LENGTHS
     ]  # fmt: skip
