@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hstu.config import HSTUConfig, LossConfig
+from hstu.config_model import FuXiLinearConfig
 from hstu.errors import UserError
 from hstu.feature_tables import BAGS
 from hstu.planning.config import GIB, GPUS, BatchPlanConfig, ClusterConfig, PlanConfig, TablePlanConfig, from_options
@@ -121,6 +122,18 @@ def test_products_of_attention_go_with_both_widths(gpu: str, each: float) -> Non
     model = replace(MODEL, v_dim=16)
     config = replace(planned(gpu=gpu, gpus=1), model=model, batch=BatchPlanConfig(tokens_per_gpu=2000, mean_len=1000))
     assert parts_of(config)["attention"].flops == pytest.approx(4 * 2 * (2 * 1000 * 1001 / 2) * 4 * each)
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "share"),
+    [(MODEL, "attention", 0.25), (FuXiLinearConfig(max_len=1000), "mixers", 0.5)],
+    ids=["attention-kernels", "torchs-own-products"],
+)
+def test_which_share_of_the_peak_counts(model: HSTUConfig | FuXiLinearConfig, part: str, share: float) -> None:
+    """Of 100 TFLOP/s; FuXi-Linear's mixers are batched products."""
+    config = replace(planned(gpus=1, peak_tflops=100, linear_fraction=0.5, attention_fraction=0.25), model=model)
+    found = parts_of(config)[part]
+    assert found.seconds == pytest.approx(found.flops / (1e14 * share))
 
 
 def test_attention_of_short_users_waits_for_memory() -> None:

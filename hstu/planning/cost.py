@@ -269,8 +269,9 @@ def _attention(config: PlanConfig, work: Workload) -> TimePart:
         row = model.num_heads * (PASSES_OF_QK * model.qk_dim + PASSES_OF_V * model.v_dim)
         moved = work.tokens * row * config.activation_bytes
         return _part(config, "attention", model.num_blocks * flops, model.num_blocks * moved, fraction)
-    if isinstance(model, FuXiLinearConfig):
-        return _part(config, "mixers", model.num_blocks * _mixer_flops(model, work), 0.0, fraction)
+    if isinstance(model, FuXiLinearConfig):  # torch's own products, as of linear layers
+        return _part(config, "mixers", model.num_blocks * _mixer_flops(model, work), 0.0,
+                     config.cluster.linear_fraction)  # fmt: skip
     padded = work.squares if config.torch_path else work.users * work.longest**2
     if isinstance(model, SASRecConfig) and model.dropout > 0 and not config.torch_path:
         moved = SOFTMAX_PASSES * model.num_heads * padded * FLOAT
