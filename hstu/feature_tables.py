@@ -20,6 +20,7 @@ from hstu.embedding import INIT_STD
 from hstu.errors import UserError
 from hstu.sharded.initial import InitialValues
 from hstu.sharded.width import narrowed, own_columns, stored_width
+from hstu.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class FeatureTables(nn.Module):
         counts = list(features.counts)  # given, so that no kernel has to be waited for
         lengths, stride = features.lengths, features.num_rows
         if self.sharded:  # a number of rows that is the same everywhere: a rank without values takes part too
-            lengths, stride = spread(counts).to(lengths.device), BAGS
+            lengths, stride = to_device(spread(counts), lengths.device), BAGS
         keyed = KeyedJaggedTensor(
             list(features.keys), features.values, lengths=lengths, length_per_key=counts, stride=stride
         )

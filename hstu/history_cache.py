@@ -199,10 +199,10 @@ class CachedEncoder:
     def _plan(self, cache: TokenCache, new: int, times: Tensor, requests: Tensor,
               num_targets: int | None) -> AttentionPlan:  # fmt: skip
         def one(value: int) -> Tensor:
-            return torch.tensor([value], device=times.device)
+            return torch.full((1,), value, device=times.device)
 
         total, targets = cache.length + new, None if num_targets is None else one(num_targets)
-        offsets = torch.tensor([0, new], device=times.device)
+        offsets = torch.arange(2, device=times.device) * new
         positions = cache.length + (new if num_targets is None else 1)
         if cache.length == 0:
             layout = Layout(offsets, new, times, requests, targets, self.contextual, num_positions=positions)

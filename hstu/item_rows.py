@@ -313,7 +313,7 @@ class ManagedRows(ItemRows):
 def _jagged(ids: Tensor) -> Any:
     from torchrec.sparse.jagged_tensor import JaggedTensor
 
-    return JaggedTensor(ids, lengths=torch.tensor([len(ids)], device=ids.device))
+    return JaggedTensor(ids, lengths=torch.full((1,), len(ids), device=ids.device))
 
 
 class MappedTable(ItemTable):

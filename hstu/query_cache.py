@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hstu.history_cache import CachedEncoder, CacheStore, model_version, why_not_cached
 from hstu.model.retrieval import RetrievalModel
+from hstu.transfer import to_device
 
 
 class QueryCache:
@@ -51,14 +52,14 @@ class QueryCache:
         cache.length, cache.history = kept, (items.copy(), times.copy())
         device = self.encoder.device
         new_items, new_times, requests = (
-            torch.from_numpy(np.array(x, np.int64)).to(device)
+            to_device(torch.from_numpy(np.array(x, np.int64)), device)
             for x in (items[kept:], times[kept:], np.append(times[kept + 1 :], request_time))
         )
         out = self.encoder.append(cache, self.model.table.lookup(new_items), new_times, requests)
         self.num_encoded += len(new_items)
         cache.length -= 1  # the last event's request was a guess
         self.caches.put(key, cache)
-        return self.model.queries(out[-1:], torch.tensor([user], device=device))
+        return self.model.queries(out[-1:], torch.full((1,), user, device=device))
 
 
 def _shared(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> int:

@@ -26,6 +26,7 @@ from hstu.errors import UserError
 from hstu.history_cache import CachedEncoder, TokenCache, model_version
 from hstu.model.encoder import Layout
 from hstu.model.ranking import RankingModel
+from hstu.transfer import to_device
 from kernels.jagged import interleave
 
 REQUEST_GAP_S = 60
@@ -240,8 +241,8 @@ class Scorer:
                 new, total = len(times), len(times) + len(past)
                 joined = torch.cat([past_times, times])
                 layout = Layout(
-                    torch.tensor([0, total], device=self.device), total, joined, joined,
-                    torch.tensor([new], device=self.device), self.encoder.contextual, num_positions=len(past) + 1,
+                    torch.arange(2, device=self.device) * total, total, joined, joined,
+                    torch.full((1,), new, device=self.device), self.encoder.contextual, num_positions=len(past) + 1,
                 )  # fmt: skip
                 plan = self.model.encoder.plan_tokens(layout)
                 states = self.model.encoder(torch.cat([past, tokens]), plan, None)
@@ -271,13 +272,13 @@ class Scorer:
     def _tokens(self, history: History, first_time: int, prefix: bool) -> tuple[Tensor, Tensor]:
         """Tokens [r, D] of a history and their times [r]; prefix: with those of the user, at ``first_time``."""
         model, n = self.model, len(history)
-        times = torch.from_numpy(np.array(history.timestamps, np.int64)).to(self.device)
+        times = to_device(torch.from_numpy(np.array(history.timestamps, np.int64)), self.device)
         items = model.item_tokens(self._ids(history.item_ids), self._features(history))
-        actions = model.action_tokens(torch.from_numpy(history.action_bits.astype(np.float32)).to(self.device))
+        actions = model.action_tokens(to_device(torch.from_numpy(history.action_bits.astype(np.float32)), self.device))
         if model.fused:
             x = items + actions
         else:
-            offsets = torch.tensor([0, n], device=self.device)
+            offsets = torch.arange(2, device=self.device) * n
             x, times = interleave(items, actions, offsets)[0], times.repeat_interleave(2)
         if not prefix or not model.num_prefix:
             return x, times
@@ -294,14 +295,14 @@ class Scorer:
         features = _on(make_features(*self.data.token_features(items, shown, values)), self.device)
         item_tokens = self.model.item_tokens(self._ids(items), features)
         tokens = item_tokens + self.model.action_token if self.model.fused else item_tokens
-        return tokens, item_tokens, torch.from_numpy(shown).to(self.device)
+        return tokens, item_tokens, to_device(torch.from_numpy(shown), self.device)
 
     def _features(self, history: History) -> Features:
         found = self.data.token_features(history.item_ids, history.timestamps, history.event_values)
         return _on(make_features(*found), self.device)
 
     def _ids(self, items: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(items, np.int64)).to(self.device)
+        return to_device(torch.from_numpy(np.array(items, np.int64)), self.device)
 
     def _predict(self, states: Tensor, item_tokens: Tensor) -> dict[str, np.ndarray]:
         found = self.model.heads.predict(self.model.head_outputs(states, item_tokens))
@@ -330,5 +331,5 @@ def _last(history: History, count: int) -> History:
 
 
 def _on(features: Features, device: torch.device) -> Features:
-    values, lengths, numbers = (t.to(device) for t in (features.values, features.lengths, features.numbers))
+    values, lengths, numbers = (to_device(t, device) for t in (features.values, features.lengths, features.numbers))
     return replace(features, values=values, lengths=lengths, numbers=numbers)

@@ -5,9 +5,10 @@
     reads.places   # Counter({"train.py:_exchange tolist": 1})
 
 Counted are what is asked of a tensor in Python (``tolist``, ``numpy``, ``cpu``), the operators whose result has a size
-that depends on values or is no tensor, and new values made on a device, as torch waits for a copy from memory that is
-not pinned. Not seen: what compiled code of others does inside an operator, and which tensors lie on the host on a GPU
-too: a test names the places that read those.
+that depends on values or is no tensor, and new values made on a device or moved to one (but by
+:func:`hstu.transfer.to_device`), as torch waits for a copy from memory that is not pinned. Not seen: what compiled code
+of others does inside an operator, and which tensors lie on the host on a GPU too: a test names the places that read
+those.
 """
 
 from __future__ import annotations
@@ -67,7 +68,15 @@ class _Methods(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in METHODS or (func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None):
             self.places[f"{_place()} {name}"] += 1
+        if name == "to" and _names_a_device(*args[1:], *(kwargs or {}).values()):
+            place = _place()
+            if place != "transfer.py:to_device":
+                self.places[f"{place} to device"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _names_a_device(*values: Any) -> bool:
+    return any(isinstance(value, torch.device | str) for value in values)
 
 
 class _Operators(TorchDispatchMode):

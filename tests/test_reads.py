@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hstu.config import Config, LossConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
+from hstu.config_similarity import MixtureConfig
 from hstu.data.batches import Batch
-from hstu.data.share import Share
+from hstu.data.share import Ranks, Share
 from hstu.data.store import SequenceStore
 from hstu.distributed import World
 from hstu.feature_tables import has_torchrec
+from hstu.problem import make_problem
 from hstu.progress import Display
 from hstu.runs import open_store
 from hstu.sharded.rank import Scoring, sharded_rank, sharded_topk
 from hstu.train import StepInput, Trainer
+from hstu.transfer import to_device
 from tests.ranks import run_ranks
 from tests.reads import Reads
 from tests.test_ranking_train import make_config as make_ranking_config
@@ -29,10 +33,12 @@ from tests.test_train_ranks import narrow
 
 ON_THE_HOST = (
     "check_rows", "_check_offsets", "check_range_on_cpu", "<genexpr>", "draw_at", "zero_grad", "step",
-    "gradient", "move",
+    "gradient", "move", "hash_keep",
 )  # fmt: skip
 """Functions that read what lies on the host, check on the CPU alone, or are the CPU's own kernel."""
 ONCE = {"train.py:_exchange tolist": 1}
+CPU = torch.device("cpu")
+MIXTURE = MixtureConfig(query_components=2, item_components=2, dim=4, hidden_dim=4, gate_dim=4)
 TORCHREC = ("_fetch", "_lookup_keyed")
 
 
@@ -65,10 +71,10 @@ def test_reads_are_seen() -> None:
     with Reads() as reads:
         values.tolist(), float(values[0]), values[values > 1], values.nonzero(), values.repeat_interleave(values.long())
         values[values > 1], values.numpy(), torch.tensor([1], device="cpu"), values.repeat_interleave(2)
-        values[torch.tensor([0])], values + 1
+        values[torch.tensor([0])], values + 1, values.to("cpu"), values.to(torch.float64), to_device(values, CPU)
         values[values > 1] = 0.0
     kinds = Counter({place.rpartition(" ")[2]: n for place, n in reads.places.items()})
-    expected = ("tolist", "_local_scalar_dense", "nonzero", "repeat_interleave", "numpy", "tensor")
+    expected = ("tolist", "_local_scalar_dense", "nonzero", "repeat_interleave", "numpy", "tensor", "device")
     assert kinds == {"index": 2, **dict.fromkeys(expected, 1)}
 
 
@@ -79,16 +85,42 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("case", ["retrieval", "half", "accumulated", "ranking"])
+@pytest.mark.parametrize("case", ["retrieval", "half", "accumulated", "shared_bank", "mixture", "ranking"])
 def test_a_step_reads_once(case: str, num_ranks: int, stores: dict[str, Path], tmp_path: Path) -> None:
     if case == "ranking":
         config = make_ranking_config(tmp_path, run_batch_users=5)
     else:
         optim = OptimConfig(clip_norm=0.5, average_decay=0.9, accumulate_steps=1 + (case == "accumulated"))
         config = make_config(tmp_path, optim=optim)
+    if case == "shared_bank":
+        config = replace(config, loss=LossConfig(name="shared_bank", num_negatives=16))
+    if case == "mixture":
+        model = replace(config.model, similarity="mixture_of_logits", mixture=MIXTURE, l2_normalize=False)
+        config = replace(config, model=model, loss=LossConfig(num_negatives=16, temperature=1.0))
     store = stores["ranking" if case == "ranking" else "retrieval"]
     for places in run_ranks(num_ranks, reads_of_a_step, narrow(tmp_path / "run", config), store, case == "half"):
         assert at_the_device(places) == ONCE
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("case", ["retrieval", "ranking"])
+def test_batches_are_made_without_a_wait(case: str, num_ranks: int, stores: dict[str, Path], tmp_path: Path) -> None:
+    """A loader thread that waited for the stream of the training would lose a step at every tensor."""
+    config = make_config(tmp_path) if case == "retrieval" else make_ranking_config(tmp_path)
+    problem = make_problem(config, SequenceStore.open(stores[case]), World(), tmp_path)
+    problem.data.share(0, 0, Ranks(size=num_ranks))
+    with Reads() as reads:
+        problem.data.share(0, 1, Ranks(size=num_ranks)).batch.to(CPU)
+    assert reads.places == {}
+
+
+def test_copies_to_a_gpu_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: asked.append("pinned") or value)
+    monkeypatch.setattr(torch.Tensor, "to", lambda value, *args, **options: asked.append((args, options)) or value)
+    for device in (torch.device("cuda", 1), CPU):
+        to_device(torch.ones(2), device)
+    assert asked == ["pinned", ((torch.device("cuda", 1),), {"non_blocking": True}), ((CPU,), {})]
 
 
 NEGATIVES = {

@@ -26,6 +26,7 @@ from hstu.data.store import SequenceStore
 from hstu.distributed import same_gpu
 from hstu.errors import UserError
 from hstu.seeding import derive
+from hstu.transfer import to_device
 
 ORDER_SEED = 101
 """Purpose number of the seed that shuffles users."""
@@ -67,11 +68,11 @@ class Batch:
     counted: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``; the copy does not block where the memory is pinned."""
+        """The batch on ``device``; a GPU is not waited for."""
         moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            moved[f.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            moved[f.name] = to_device(value, device) if isinstance(value, Tensor) else value
         return Batch(**moved)
 
     @property
@@ -132,10 +133,10 @@ class EventColumns:
         Args:
             users, first_rows, lengths: [B] int64.
         """
-        shift = torch.from_numpy(first_rows - np.cumsum(lengths) + lengths).to(self.device)
+        shift = to_device(torch.from_numpy(first_rows - np.cumsum(lengths) + lengths), self.device)
         total = int(lengths.sum())
         rows = torch.arange(total, device=self.device)
-        rows += torch.repeat_interleave(shift, torch.from_numpy(lengths).to(self.device), output_size=total)
+        rows += torch.repeat_interleave(shift, to_device(torch.from_numpy(lengths), self.device), output_size=total)
         return self.gather_rows(users, rows, lengths)
 
     def gather_rows(self, users: np.ndarray, rows: Tensor, lengths: np.ndarray) -> Batch:
@@ -146,8 +147,8 @@ class EventColumns:
         """
         offsets_np = np.zeros(len(users) + 1, np.int64)
         np.cumsum(lengths, out=offsets_np[1:])
-        offsets = torch.from_numpy(offsets_np).to(self.device)
-        rows = rows.to(self.device)
+        offsets = to_device(torch.from_numpy(offsets_np), self.device)
+        rows = to_device(rows, self.device)
         assert self.item_ids is not None and self.timestamps is not None
         items, times = self.item_ids, self.timestamps
         weights = actions = counted = None
@@ -163,7 +164,7 @@ class EventColumns:
             timestamps=times[rows],
             request_times=times[rows + 1],
             labels=items[rows + 1].long(),
-            users=torch.from_numpy(users).to(self.device),
+            users=to_device(torch.from_numpy(users), self.device),
             max_len=int(lengths.max()) if len(lengths) else 0,
             weights=weights,
             actions=actions,
@@ -271,7 +272,7 @@ class TrainBatches:
             own = torch.from_numpy(rows[rows_of(kept, mine)])
             batch = self.columns.gather_rows(users[mine], own, kept[mine])
         if ranks.size > 1:
-            places = torch.from_numpy(rows_of(kept, mine)).to(batch.item_ids.device)
+            places = to_device(torch.from_numpy(rows_of(kept, mine)), batch.item_ids.device)
             batch = replace(batch, random_rows=places, max_len=int(kept.max()))
         return Share(batch, int(kept.sum()), work)
 

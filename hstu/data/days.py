@@ -30,6 +30,7 @@ from hstu.data.splits import Targets
 from hstu.data.store import SequenceStore
 from hstu.errors import UserError
 from hstu.seeding import derive
+from hstu.transfer import to_device
 
 ORDER_SEED = 104
 """Purpose number of the seed that shuffles the pieces of a day."""
@@ -253,7 +254,7 @@ class DayBatches(_ByDay[DayPlan]):
         skipped = predicted - 1 - first_rows  # inputs of a piece before the first one that is trained on
         batch = replace(batch, counted=_counted(batch, lengths[mine], skipped[mine]))
         if ranks.size > 1:
-            places = torch.from_numpy(rows_of(lengths, mine)).to(batch.item_ids.device)
+            places = to_device(torch.from_numpy(rows_of(lengths, mine)), batch.item_ids.device)
             batch = replace(batch, random_rows=places, max_len=int(lengths.max()))
         return Share(batch, int((lengths - skipped).sum()), work)
 
@@ -264,7 +265,7 @@ def _counted(batch: Batch, lengths: np.ndarray, skipped: np.ndarray) -> Tensor |
         return batch.counted
     ends = np.cumsum(lengths)
     places = torch.from_numpy(joined_ranges(ends - lengths + skipped, lengths - skipped).astype(np.int64))
-    places = places.to(batch.item_ids.device)
+    places = to_device(places, batch.item_ids.device)
     if batch.counted is None:
         return places
     assert batch.weights is not None

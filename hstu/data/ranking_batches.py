@@ -24,6 +24,7 @@ from hstu.data.stochastic_length import make_sampler, savings
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.seeding import derive
+from hstu.transfer import to_device
 
 ORDER_SEED, PHASE_SEED = 104, 105
 """Purpose numbers of the seeds that shuffle sequences and move their cuts."""
@@ -104,7 +105,7 @@ class RankingBatch:
     random_targets: Tensor | None = None
 
     def to(self, device: torch.device) -> RankingBatch:
-        """The batch on ``device``."""
+        """The batch on ``device``; a GPU is not waited for."""
         return _to(self, device)  # type: ignore[no-any-return]
 
     @property
@@ -120,7 +121,7 @@ class RankingBatch:
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return to_device(value, device)
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     if isinstance(value, RankingBatch | Features):

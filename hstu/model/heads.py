@@ -129,9 +129,8 @@ class RankingHeads(nn.Module):
             name: self._task_loss(name, outputs[name].float(), labels[name], count)
             for name, count in zip(self.tasks, counts, strict=True)
         }
-        total = sum(
-            (self.tasks[n].weight * value for n, value in each.items()), torch.zeros(()).to(next(iter(each.values())))
-        )
+        zero = next(iter(each.values())).new_zeros(())
+        total = sum((self.tasks[name].weight * value for name, value in each.items()), zero)
         return total, each
 
     def _task_loss(self, name: str, output: Tensor, label: Tensor, count: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class MixtureTable(ItemTable):
         config = self.mixture.config
         squares = _wide(queries[:, self.dim :]).square().sum().to(used.dtype)  # 0 without user vectors
         sums = over_ranks_with_gradient(torch.cat([used, single[None], squares[None]]), world)
-        num = over_ranks(torch.tensor(len(queries), device=queries.device), world).clamp(min=1)
+        num = over_ranks(torch.full((), len(queries), device=queries.device), world).clamp(min=1)
         used, single, squares = sums[:-2] / num, sums[-2] / num, sums[-1] / num
         information = _entropy(used) - single  # of positions and logits, mutual
         return config.user_norm_weight * squares - config.balance_weight * information

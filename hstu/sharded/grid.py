@@ -21,6 +21,8 @@ from torchrec.distributed.sharding.cw_sequence_sharding import CwSequenceEmbeddi
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingDist
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 
+from hstu.transfer import to_device
+
 GRID_SHARD = "grid_shard"
 """torchrec's name."""
 
@@ -67,7 +69,7 @@ class _GridInputDist(RwSparseFeaturesDist):
         moves = [0] * len(counts)
         for place, segment in enumerate(self.order):
             moves[segment] = new[place] - old[segment]
-        known = torch.tensor([moves, counts], dtype=like.dtype).to(like.device, non_blocking=True)
+        known = to_device(torch.tensor([moves, counts], dtype=like.dtype), like.device)
         return known[0].repeat_interleave(known[1], output_size=old[-1])
 
 

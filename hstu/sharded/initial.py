@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hstu.distributed import same_gpu
 from hstu.seeding import derive
 
 MAX_WHOLE = 2**26
@@ -77,7 +78,7 @@ class InitialValues:
             self._write_block(target, first_row, first_column, start, size, own)
 
         starts = range(first_row // BLOCK_ROWS * BLOCK_ROWS, first_row + len(target), BLOCK_ROWS)
-        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="initial") as threads:
+        with ThreadPoolExecutor(torch.get_num_threads(), "initial", initializer=same_gpu()) as threads:
             list(threads.map(write_block, starts))
 
     @torch.no_grad()

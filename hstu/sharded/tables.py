@@ -46,6 +46,7 @@ from hstu.sharded.plan import (
 from hstu.sharded.rank import Scoring, sharded_rank, sharded_topk
 from hstu.sharded.width import is_padded, narrowed, own_columns, stored_width, stretch_gradients, stretch_of
 from hstu.table_optim import Rule
+from hstu.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class ShardedItemTable(ItemTable):
         counts = [len(events), len(scored)]
         return KeyedJaggedTensor(
             [EVENTS, SCORED], torch.cat([events.long(), scored.long()]), stride=BAGS, length_per_key=counts,
-            lengths=spread(counts).to(events.device),
+            lengths=to_device(spread(counts), events.device),
         )  # fmt: skip
 
     @contextmanager

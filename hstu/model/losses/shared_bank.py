@@ -11,6 +11,7 @@ from hstu.config import LossConfig
 from hstu.distributed import World
 from hstu.embedding import ItemTable
 from hstu.model.losses._mean import Loss, check_weights, weighted_mean
+from hstu.transfer import to_device
 
 
 def draw_bank(num_items: int, size: int, seed: int, device: torch.device) -> Tensor:
@@ -19,7 +20,7 @@ def draw_bank(num_items: int, size: int, seed: int, device: torch.device) -> Ten
     Drawn on the CPU: a few thousand numbers a step, and the same bank on every device.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, num_items + 1, (size,), generator=generator).to(device)
+    return to_device(torch.randint(1, num_items + 1, (size,), generator=generator), device)
 
 
 def make_shared_bank(config: LossConfig) -> Loss:
