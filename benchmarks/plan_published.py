@@ -125,19 +125,20 @@ def rows_of(measured: Measured) -> list[Row]:
     """Its parts, where they were measured, and the sum."""
     predicted = predict_ms(measured)
     scaled = same_work(measured, predicted)
-    theirs = None
+    theirs: dict[str, float | None] = dict.fromkeys([*scaled, "all"])
     if measured.attention_share is not None:
         share = ClusterConfig().attention_fraction / measured.attention_share
-        theirs = {**scaled, "attention": scaled["attention"] * share}
+        own = {**scaled, "attention": scaled["attention"] * share}
+        theirs = {**own, "all": sum(own.values())}
     rows = [
-        Row(measured.name, group, measured.kernels, predicted[group], scaled[group], theirs and theirs[group], ms)
+        Row(measured.name, group, measured.kernels, predicted[group], scaled[group], theirs[group], ms)
         for group, ms in measured.parts_ms.items()
     ]
     if measured.other_ms:
         rows.append(Row(measured.name, "idle and others", measured.kernels, 0.0, 0.0, None, measured.other_ms))
     part = "step" if measured.is_step else "layer"
     return [*rows, Row(measured.name, part, measured.kernels, sum(predicted.values()), sum(scaled.values()),
-                       theirs and sum(theirs.values()), measured.total_ms)]  # fmt: skip
+                       theirs["all"], measured.total_ms)]  # fmt: skip
 
 
 def attention_rows() -> list[Row]:
