@@ -19,6 +19,7 @@ from hstu.embedding import ItemTable, LocalItemTable, initial_rows
 from hstu.item_rows import UNKNOWN, HashedRows, ItemRows, ManagedRows, MappedTable
 from hstu.optim import WeightAverage
 from hstu.seeding import derive
+from hstu.transfer import to_device
 
 if TYPE_CHECKING:
     from hstu.config import Config
@@ -168,12 +169,12 @@ def reset_rows(
     table: ItemTable = model.table.rows  # type: ignore[assignment, union-attr]
     values = initial_rows(len(rows), table.dim, seed)
     if isinstance(table, LocalItemTable):
-        values = values.to(table.weight)
+        values = to_device(values.to(table.weight.dtype), table.weight.device)
         table.weight[rows] = values
         for optimizer in optimizers:
             for state in optimizer.state.get(table.weight, {}).values():
                 if isinstance(state, Tensor) and state.dim() and len(state) == len(table.weight):
-                    state[rows] = 0.0
+                    state.index_fill_(0, rows, 0.0)
         if average is not None:
             average.tensors()["table.rows.weight"][rows] = values
         return

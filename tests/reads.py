@@ -5,7 +5,7 @@
     reads.places   # Counter({"train.py:_exchange tolist": 1})
 
 Counted are what is asked of a tensor in Python (``tolist``, ``numpy``, ``cpu``), the operators whose result has a size
-that depends on values or is no tensor, and new values made on a device or moved to one (but by
+that depends on values or is no tensor, and new values made on a device, moved to one or put at places of one (but by
 :func:`hstu.transfer.to_device`), as torch waits for a copy from memory that is not pinned. Not seen: what compiled code
 of others does inside an operator, and which tensors lie on the host on a GPU too: a test names the places that read
 those.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +28,7 @@ OPERATORS = {
     "equal", "is_nonzero",
 }  # fmt: skip
 """aten operators that wait on CUDA."""
-METHODS = {"tolist", "numpy", "cpu", "__array__"}
+METHODS = {"tolist", "numpy", "cpu", "__array__", "new_tensor"}
 ROOT = Path(__file__).parents[1]
 OURS = (str(ROOT / "hstu"), str(ROOT / "kernels"))
 
@@ -68,11 +69,19 @@ class _Methods(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in METHODS or (func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None):
             self.places[f"{_place()} {name}"] += 1
+        if name == "__setitem__" and _puts_a_number(*args):
+            self.places[f"{_place()} {name}"] += 1
         if name == "to" and _names_a_device(*args[1:], *(kwargs or {}).values()):
             place = _place()
             if place != "transfer.py:to_device":
                 self.places[f"{place} to device"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _puts_a_number(into: Any, where: Any, value: Any) -> bool:
+    """Whether torch makes a tensor of ``value`` on the host and copies it to the device: ``x[places] = number``."""
+    places = [i for i in (where if isinstance(where, tuple) else (where,)) if isinstance(i, Tensor)]
+    return isinstance(value, int | float) and any(i.dtype not in (torch.bool, torch.uint8) for i in places)
 
 
 def _names_a_device(*values: Any) -> bool:

@@ -73,9 +73,11 @@ def test_reads_are_seen() -> None:
         values[values > 1], values.numpy(), torch.tensor([1], device="cpu"), values.repeat_interleave(2)
         values[torch.tensor([0])], values + 1, values.to("cpu"), values.to(torch.float64), to_device(values, CPU)
         values[values > 1] = 0.0
+        values[torch.tensor([0])] = 0.0
+        values.index_fill_(0, torch.tensor([0]), 0.0), values.index_put_((torch.tensor([0]),), torch.zeros(1))
     kinds = Counter({place.rpartition(" ")[2]: n for place, n in reads.places.items()})
-    expected = ("tolist", "_local_scalar_dense", "nonzero", "repeat_interleave", "numpy", "tensor", "device")
-    assert kinds == {"index": 2, **dict.fromkeys(expected, 1)}
+    expected = ("tolist", "_local_scalar_dense", "nonzero", "repeat_interleave", "numpy", "tensor")
+    assert kinds == {"index": 2, **dict.fromkeys([*expected, "device", "__setitem__"], 1)}
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +87,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("case", ["retrieval", "half", "accumulated", "shared_bank", "mixture", "ranking"])
+@pytest.mark.parametrize("case", ["retrieval", "half", "accumulated", "shared_bank", "mixture", "ranking", "fused"])
 def test_a_step_reads_once(case: str, num_ranks: int, stores: dict[str, Path], tmp_path: Path) -> None:
-    if case == "ranking":
-        config = make_ranking_config(tmp_path, run_batch_users=5)
+    ranking = case in ("ranking", "fused")
+    if ranking:
+        config = make_ranking_config(tmp_path, "fused" if case == "fused" else "interleaved", run_batch_users=5)
     else:
         optim = OptimConfig(clip_norm=0.5, average_decay=0.9, accumulate_steps=1 + (case == "accumulated"))
         config = make_config(tmp_path, optim=optim)
@@ -97,7 +100,7 @@ def test_a_step_reads_once(case: str, num_ranks: int, stores: dict[str, Path], t
     if case == "mixture":
         model = replace(config.model, similarity="mixture_of_logits", mixture=MIXTURE, l2_normalize=False)
         config = replace(config, model=model, loss=LossConfig(num_negatives=16, temperature=1.0))
-    store = stores["ranking" if case == "ranking" else "retrieval"]
+    store = stores["ranking" if ranking else "retrieval"]
     for places in run_ranks(num_ranks, reads_of_a_step, narrow(tmp_path / "run", config), store, case == "half"):
         assert at_the_device(places) == ONCE
 

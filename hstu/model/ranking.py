@@ -142,7 +142,7 @@ class RankingModel(nn.Module):
         actions = self.action_tokens(batch.action_bits)
         if self.fused:
             is_target = torch.zeros(items.shape[0], 1, dtype=torch.bool, device=items.device)
-            is_target[batch.targets] = True
+            is_target.index_fill_(0, batch.targets, True)
             x, offsets = items + torch.where(is_target, self.action_token, actions), batch.offsets
         else:
             x, offsets = interleave(items, actions, batch.offsets)

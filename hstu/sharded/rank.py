@@ -125,7 +125,7 @@ class _Pieces:
 
     def hide(self, number: int, first: int, scores: Tensor) -> None:
         """Takes the seen items out of a piece."""
-        scores[self.hidden.of(number, first)] = -torch.inf
+        scores.index_put_(self.hidden.of(number, first), scores.new_full((1,), -torch.inf))
 
     def check(self) -> None:
         """Raises ValueError on every rank where a score of any of them was not finite."""
@@ -155,7 +155,8 @@ def sharded_rank(
                 counts += _items_before(seen, items[first : first + size], scores, target_scores)
                 continue
             pieces.hide(number, first, scores)
-            scores[pieces.targets.of(number, first)] = -torch.inf  # a candidate that does not count against itself
+            own = pieces.targets.of(number, first)  # a candidate that does not count against itself
+            scores.index_put_(own, scores.new_full((1,), -torch.inf))
             counts += _count(torch.gt(scores, target_scores[:, None], out=torch.empty_like(scores)))
             counts += 0.5 * _count(torch.eq(scores, target_scores[:, None], out=scores))
         pieces.check()

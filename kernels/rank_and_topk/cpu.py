@@ -53,7 +53,7 @@ def rank_scored(score: Callable[[slice], Tensor], queries: Tensor, num_rows: int
     for part, scores, hidden in _blocks(score, queries, num_rows, seen_ids, seen_offsets, chunk_mib):
         column = targets[part].long()[:, None]
         target = scores.gather(1, column)  # [rows, 1]
-        scores.index_put_(hidden, scores.new_tensor(-torch.inf))
+        scores.index_put_(hidden, scores.new_full((1,), -torch.inf))
         scores.scatter_(1, column, target)  # a seen target stays a candidate
         better = _count(torch.gt(scores, target, out=torch.empty_like(scores)))
         equal = _count(torch.eq(scores, target, out=scores)) - 1  # without the target itself
@@ -80,7 +80,7 @@ def topk_scored(score: Callable[[slice], Tensor], queries: Tensor, num_rows: int
     out_ids = torch.zeros(queries.shape[0], k, dtype=torch.int64, device=queries.device)
     found = min(k, num_rows)
     for part, scores, hidden in _blocks(score, queries, num_rows, seen_ids, seen_offsets, chunk_mib):
-        scores.index_put_(hidden, scores.new_tensor(-torch.inf))
+        scores.index_put_(hidden, scores.new_full((1,), -torch.inf))
         best, ids = scores.topk(found, dim=1)
         out_scores[part, :found] = best
         out_ids[part, :found] = ids.masked_fill_(best == -torch.inf, 0)

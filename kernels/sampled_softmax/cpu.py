@@ -69,7 +69,7 @@ def sampled_softmax_fwd(
     ids = torch.cat([labels[:, None].to(torch.int32), negatives.to(torch.int32)], dim=1)  # [L, R + 1]
     # Minus infinity where a negative is the label; the products are added to it.
     bias = queries.new_zeros(()) if log_q is None else -log_q.to(queries.dtype)[ids]
-    logits = torch.where(ids == ids[:, :1], queries.new_tensor(-torch.inf), bias)
+    logits = torch.where(ids == ids[:, :1], queries.new_full((), -torch.inf), bias)
     logits[:, 0] = 0.0 if label_log_q is None else -label_log_q.to(queries.dtype)
     if queries.device.type == "cpu" and ids.shape[1] < table.shape[0]:
         _add_products_cpu(logits, queries, table, ids, scale)
