@@ -463,11 +463,13 @@ class Config:
                    "none with embedding.kind=local, whose tables are whole; take embedding=sharded")  # fmt: skip
 
     def _check_sharded(self) -> None:
-        accumulate = self.optim.accumulate_steps
-        _check(accumulate == 1 or not self.embedding.pipeline, "optim.accumulate_steps", accumulate,
-               "1 with embedding.pipeline=true, whose steps are of one batch")  # fmt: skip
-        _check(self.ranking is None or not self.embedding.pipeline, "embedding.pipeline", True,
-               "false with a ranking model")  # fmt: skip
+        if self.embedding.pipeline:
+            whole = self.ranking is None and self.embedding.sharding_of("item") == "data_parallel"
+            _check(not whole, "embedding.pipeline", True, "false with the item table data_parallel, the only table")
+            progressive = self.ranking is not None and self.ranking.mode == "progressive"
+            _check(not progressive or self.embedding.ids != "managed", "embedding.pipeline", True,
+                   "false with ranking.mode=progressive and embedding.ids=managed, which predicts a batch by the rows "
+                   "before it and trains on it by those after it")  # fmt: skip
         _check(self.model.similarity == "dot", "model.similarity", self.model.similarity,
                "dot with embedding.kind=sharded")  # fmt: skip
 

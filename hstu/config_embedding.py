@@ -40,9 +40,8 @@ class EmbeddingConfig:
     comm_dtype: str = "float32"
     """sharded only: of the rows and gradients that ranks send each other: float32, float16 or bfloat16 (CUDA)."""
     pipeline: bool = False
-    """sharded retrieval only: torchrec's TrainPipelineSparseDist, which sends the ids of the next batches to their
-    ranks while this one computes; of use on GPUs. The result is the same. One batch a step: not with
-    ``optim.accumulate_steps``."""
+    """sharded only: torchrec's TrainPipelineSparseDist, which sends the ids of the next batches, for all sharded
+    tables, to their ranks while this one computes; of use on GPUs. The result is the same."""
     hbm_gib: float | None = None
     """sharded only: GPU memory of a rank that the planner may fill; None: what is free where there is the least."""
     ddr_gib: float | None = None
@@ -91,9 +90,8 @@ class EmbeddingConfig:
 
     def _check_whole(self) -> None:
         """What needs rows that are spread."""
-        if self.sharding_of("item") == "data_parallel":
-            _check(not self.pipeline, "embedding.pipeline", True, "false with the item table data_parallel")
         if {self.sharding, *self.tables.values()} == {"data_parallel"}:
+            _check(not self.pipeline, "embedding.pipeline", True, "false where all tables are data_parallel")
             for name in ("dtype", "comm_dtype"):
                 _check(getattr(self, name) == "float32", f"embedding.{name}", getattr(self, name),
                        "float32 where all tables are data_parallel")  # fmt: skip

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -77,6 +78,9 @@ class FeatureTables(nn.Module):
         self.initial: list[InitialValues] = []
         """Of sharded tables, in the order of ``sizes``."""
         self.whole = tuple(key for key in sizes if self.sharded and key in whole)
+        self.collected = tuple(key for key in sizes if key not in self.whole)
+        """Features of the collection."""
+        self._given: list[Tensor] | None = None
         if self.sharded:
             self._make_sharded(sizes, dtype)
             return
@@ -145,25 +149,38 @@ class FeatureTables(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 plain = replace(features, values=features.values.clone(), lengths=features.lengths.clone())
                 return self._lookup(plain)
-        if self.whole:
-            rest = tuple(key for key in self.keys if key not in self.whole)
-            found = dict(zip(self.whole, self.replicas(_part(features, self.whole)), strict=True))
-            found |= dict(zip(rest, self._lookup_keyed(_part(features, rest)), strict=True)) if rest else {}
-            return [found[key] for key in self.keys]
-        return self._lookup_keyed(features)
+        collected = self._given
+        if collected is None:
+            collected = self._own(self.collection(self.keyed(features))) if self.collected else []
+        if not self.whole:
+            return collected
+        found = dict(zip(self.whole, self.replicas(_part(features, self.whole)), strict=True))
+        found |= zip(self.collected, collected, strict=True)
+        return [found[key] for key in self.keys]
 
-    def _lookup_keyed(self, features: Features) -> list[Tensor]:
+    def keyed(self, features: Features) -> Any:
+        """What of ``features`` is looked up in the collection, as it takes it."""
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-        counts = list(features.counts)  # given, so that no kernel has to be waited for
-        lengths, stride = features.lengths, features.num_rows
+        part = _part(features, self.collected) if self.whole else features
+        counts = list(part.counts)  # given, so that no kernel has to be waited for
+        lengths, stride = part.lengths, part.num_rows
         if self.sharded:  # a number of rows that is the same everywhere: a rank without values takes part too
             lengths, stride = to_device(spread(counts), lengths.device), BAGS
-        keyed = KeyedJaggedTensor(
-            list(features.keys), features.values, lengths=lengths, length_per_key=counts, stride=stride
-        )
-        found = self.collection(keyed)
-        return [own_columns(found[key].values(), self.dim) for key in features.keys]
+        return KeyedJaggedTensor(list(part.keys), part.values, lengths=lengths, length_per_key=counts, stride=stride)
+
+    def _own(self, found: Any) -> list[Tensor]:
+        """[V, D] of each feature of the collection, of what it has found."""
+        return [own_columns(found[key].values(), self.dim) for key in self.collected]
+
+    @contextmanager
+    def given(self, found: Any) -> Iterator[None]:
+        """Inside, lookups take what the collection has found already."""
+        self._given = self._own(found)
+        try:
+            yield
+        finally:
+            self._given = None
 
 
 def spread(counts: Sequence[int]) -> Tensor:

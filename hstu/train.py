@@ -264,7 +264,7 @@ class Trainer:
         make = partial(self._make_input, epoch)
         with Prefetcher(make, progress.step, num_steps, together=together) as inputs:
             last = time.perf_counter()
-            for step_input in inputs if self.pipeline is None else self.pipeline.through(inputs):
+            for step_input in inputs if self.pipeline is None else self.pipeline.through(inputs, progress.global_step):
                 loss = self._step(step_input)
                 now = time.perf_counter()
                 self._after_step(step_input, loss, now - last)
@@ -273,23 +273,23 @@ class Trainer:
 
     def _step(self, step_input: StepInput) -> float:
         """One optimizer step; returns the loss, the mean over all positions of the step on all ranks."""
-        seed = derive(self.config.seed, STEP_SEED, self.progress.global_step)
+        seed = self._seed(self.progress.global_step)
         self.world.at(self.progress.global_step, "training")
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, self._rate())  # sharded tables can move in the backward
             optimizer.zero_grad(set_to_none=True)
-        for share, plan in step_input.parts:
+        for share, plan in step_input.parts if self.pipeline is None else ():
             self.problem.observe(share.batch, plan)
         self.vocabulary.begin_step([share.batch for share, _ in step_input.parts], self.optimizers, self.average)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        if self.pipeline is not None:
-            total += self.pipeline.progress().double() / self.world.size
-        for index, (share, plan) in enumerate(step_input.parts if self.pipeline is None else ()):
-            part = share.num_events / step_input.num_events
+        for index in range(len(step_input.parts)):
             is_last = index == len(step_input.parts) - 1
             with contextlib.nullcontext() if is_last else self.engine.local():
-                loss = self._loss(share.batch, derive(seed, index), plan) * part
-                (loss * self.world.size).backward()
+                if self.pipeline is None:
+                    loss = self._part_loss(step_input, index, derive(seed, index))
+                    (loss * self.world.size).backward()
+                else:
+                    loss = self.pipeline.progress()
             total += loss.detach()
         named_rows = row_gradients(self.optimizers)
         rows = None if named_rows is None else [grad for _, grad in named_rows]
@@ -337,6 +337,15 @@ class Trainer:
     def _rate(self) -> float:
         return learning_rate(self.config.optim, self.progress.global_step, self.total_steps)
 
+    def _seed(self, step: int) -> int:
+        """Of a step of the run; its batches have seeds of their own, by their places."""
+        return derive(self.config.seed, STEP_SEED, step)
+
+    def _part_loss(self, step_input: StepInput, index: int, seed: int) -> Tensor:
+        """Of a batch of the step, in proportion to its events."""
+        share, plan = step_input.parts[index]
+        return self._loss(share.batch, seed, plan) * (share.num_events / step_input.num_events)
+
     def _loss(self, batch: Any, seed: int, plan: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16"):
             return self.engine.loss(batch, seed, plan)
@@ -346,14 +355,12 @@ class Trainer:
             return None
         from hstu.sharded.pipeline import Pipeline
 
-        def loss(step_input: StepInput, seed: int) -> Tensor:
-            ((share, plan),) = step_input.parts
-            return self._loss(share.batch, seed, plan) * self.world.size
+        def loss(step_input: StepInput, index: int, seed: int) -> Tensor:
+            share, plan = step_input.parts[index]
+            self.problem.observe(share.batch, plan)  # by the rows that have come for the step: they move at its end
+            return self._part_loss(step_input, index, seed)
 
-        def seed_of(ahead: int) -> int:
-            return derive(derive(self.config.seed, STEP_SEED, self.progress.global_step + ahead), 0)
-
-        return Pipeline(self.model, loss, seed_of)
+        return Pipeline(self.model, self.world, loss, self._seed)
 
     def _stop_non_finite(self, step_input: StepInput, seed: int, loss: float) -> None:
         if self.pipeline is not None:

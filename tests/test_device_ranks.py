@@ -56,10 +56,10 @@ def test_all_that_enters_the_pipeline_is_kept_until_its_streams_have_used_it() -
     from hstu.sharded.losses import Positions, Scored
     from hstu.sharded.pipeline import _Batch
 
-    ids, labels, candidates, bank, keyed = (Recorder() for _ in range(5))
+    ids, labels, candidates, bank, keyed, features = (Recorder() for _ in range(6))
     scored: Any = Scored(Positions(World(), (1,)), ids, labels, candidates, bank)  # type: ignore[arg-type]
-    _Batch(keyed, scored, None, 0).record_stream("stream")  # type: ignore[arg-type]
-    assert [t.streams for t in (ids, labels, candidates, bank, keyed)] == [["stream"]] * 5
+    _Batch([keyed, features], scored, lambda: torch.zeros(())).record_stream("stream")  # type: ignore[arg-type]
+    assert [t.streams for t in (ids, labels, candidates, bank, keyed, features)] == [["stream"]] * 6
 
 
 def meet(port: int, devices: list[str]) -> list[int | str]:

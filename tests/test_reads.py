@@ -39,7 +39,7 @@ ON_THE_HOST = (
 ONCE = {"train.py:_exchange tolist": 1}
 CPU = torch.device("cpu")
 MIXTURE = MixtureConfig(query_components=2, item_components=2, dim=4, hidden_dim=4, gate_dim=4)
-TORCHREC = ("_fetch", "_lookup_keyed")
+TORCHREC = ("_fetch", "_lookup")
 
 
 def reads_of_a_step(config: Config, store_path: Path, half: bool = False) -> Counter[str]:

@@ -12,7 +12,6 @@ import torch
 from hstu import checkpoint
 from hstu.config import Config, HSTUConfig, OptimConfig
 from hstu.config_embedding import EmbeddingConfig
-from hstu.config_ranking import RankingConfig, TaskConfig
 from hstu.errors import UserError
 from hstu.optim import WeightAverage
 from hstu.progress import Display
@@ -104,17 +103,6 @@ def test_ranking_counts_every_table_once(tables, stores, tmp_path):
     optim = OptimConfig(lr=3e-3, clip_norm=0.3, accumulate_steps=2)
     compare(tmp_path, stores["ranking"], "ranking", [(2, "row_wise")], tables, optim=optim, embedding=SGD,
             run_batch_users=5, run_save_every_epochs=None)  # fmt: skip
-
-
-def test_torchrecs_pipeline_clips_alike(stores, tmp_path):
-    runs = []
-    for pipeline in (False, True):
-        embedding = dataclasses.replace(sharded(SGD, "row_wise"), pipeline=pipeline)
-        changes = DEFERRED["clip"] | {"embedding": embedding, "run_epochs": 1, "run_batch_users": 40}
-        config = narrow(tmp_path / f"{pipeline}", make_config(tmp_path, **changes))
-        assert run_ranks(2, run_steps, config, stores["retrieval"]) == ["", ""]
-        runs.append(logged(tmp_path / f"{pipeline}"))
-    assert runs[0] == runs[1] and len(runs[0]) == 4 + 1
 
 
 # Stopped and resumed
@@ -273,15 +261,3 @@ def test_a_pipelined_run_goes_on_with_local_tables():
     check_same(old, new, Path("run"))
     with pytest.raises(UserError, match="embedding.optimizer='sgd', now 'adam'"):
         check_same(old, dataclasses.replace(new, embedding=EmbeddingConfig(optimizer="adam")), Path("run"))
-
-
-def test_a_ranking_model_has_no_pipeline():
-    embedding = EmbeddingConfig(kind="sharded", optimizer="sgd", pipeline=True)
-    with pytest.raises(UserError, match="embedding.pipeline=True: expected false with a ranking model"):
-        Config(model=HSTUConfig(dim=8), embedding=embedding, ranking=RankingConfig(tasks={"click": TaskConfig()}))
-
-
-def test_the_pipeline_has_one_batch_a_step():
-    embedding = EmbeddingConfig(kind="sharded", optimizer="sgd", pipeline=True)
-    with pytest.raises(UserError, match="optim.accumulate_steps=2: expected 1 with embedding.pipeline=true"):
-        Config(model=HSTUConfig(dim=8), embedding=embedding, optim=OptimConfig(accumulate_steps=2))

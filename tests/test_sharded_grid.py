@@ -190,6 +190,7 @@ def test_a_ranking_model_with_tables_of_every_kind(optim, tmp_path):
     for name, embedding in {
         "local": TABLES,
         "grid": dataclasses.replace(TABLES, kind="sharded", tables=tables),
+        "ahead": dataclasses.replace(TABLES, kind="sharded", tables=tables, pipeline=True),
     }.items():
         config = narrow(tmp_path / name, dataclasses.replace(made, embedding=embedding))
         nodes = (1, 1) if name == "local" else TWO_NODES
@@ -197,6 +198,7 @@ def test_a_ranking_model_with_tables_of_every_kind(optim, tmp_path):
     expected = shown_losses(tmp_path / "local")
     assert len(set(expected)) == STEPS
     assert shown_losses(tmp_path / "grid") == pytest.approx(expected, rel=2e-5)
+    assert shown_losses(tmp_path / "ahead") == shown_losses(tmp_path / "grid")
 
 
 def test_ids_that_go_ahead_in_torchrecs_pipeline(tmp_path):

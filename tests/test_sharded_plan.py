@@ -385,9 +385,10 @@ def test_narrow_rows_and_exchanges(embedding, error):
         ),
         ({"tables": {"item": "auto"}}, "embedding.tables.item='auto': expected one of table_wise"),
         (
-            {"kind": "sharded", "optimizer": "sgd", "tables": {"item": "data_parallel"}, "pipeline": True},
-            "embedding.pipeline=True: expected false with the item table data_parallel",
+            {"kind": "sharded", "optimizer": "sgd", "sharding": "data_parallel", "pipeline": True},
+            "embedding.pipeline=True: expected false where all tables are data_parallel",
         ),
+        ({"pipeline": True}, "embedding.pipeline=True: expected false with embedding.kind=local"),
         (
             {"kind": "sharded", "optimizer": "sgd", "sharding": "data_parallel", "dtype": "float16"},
             "embedding.dtype='float16': expected float32 where all tables are data_parallel",
@@ -397,7 +398,18 @@ def test_narrow_rows_and_exchanges(embedding, error):
         ({"lr": 0.0}, "embedding.lr"),
         ({"ddr_gib": -1.0}, "embedding.ddr_gib"),
     ],
-    ids=["optimizer", "sharding", "table", "pipeline", "whole-dtype", "local-dtype", "dtype", "lr", "memory"],
+    ids=[
+        "optimizer",
+        "sharding",
+        "table",
+        "pipeline",
+        "pipeline-local",
+        "whole-dtype",
+        "local-dtype",
+        "dtype",
+        "lr",
+        "memory",
+    ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
@@ -423,15 +435,11 @@ def test_one_process_needs_no_launcher():
         dist.destroy_process_group()
 
 
-def test_the_pipeline_wants_a_retrieval_model_with_a_sharded_table():
+def test_the_pipeline_wants_a_sharded_table():
     from hstu.config import HSTUConfig
     from hstu.model.retrieval import RetrievalModel
     from hstu.sharded.pipeline import Pipeline
 
     model = RetrievalModel(HSTUConfig(dim=8, num_blocks=1, qk_dim=8, v_dim=8), 5)
-    with pytest.raises(
-        UserError, match="embedding.pipeline=true: expected a retrieval model whose item table is sharded"
-    ):
-        Pipeline(model, lambda step_input, seed: torch.zeros(()), lambda ahead: ahead)
-    with pytest.raises(UserError, match="embedding.pipeline=True: expected false with embedding.kind=local"):
-        EmbeddingConfig(pipeline=True)
+    with pytest.raises(UserError, match="embedding.pipeline=true: expected a table that is sharded, all of"):
+        Pipeline(model, World(), lambda step_input, index, seed: torch.zeros(()), lambda step: step)

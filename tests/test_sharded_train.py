@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -75,70 +73,6 @@ def test_same_loss_curve_as_local_tables(case, stores, tmp_path):
 def test_columns(stores, tmp_path):
     compare(tmp_path, stores["retrieval"], "retrieval", [(2, "column_wise")],
             embedding=dataclasses.replace(LOCAL, optimizer="adagrad"))  # fmt: skip
-
-
-PIPELINED = {
-    "exact": (2, {}, {}),
-    "hash": (2, {"ids": "hash", "rows": 20}, {}),
-    "managed": (2, {"ids": "managed", "rows": 20}, {}),
-    "managed, in batch": (1, {"ids": "managed", "rows": 20, "evict_every": 2}, {"loss": LossConfig(name="in_batch")}),
-    "managed, full": (1, {"ids": "managed", "rows": 20, "policy": "lfu"}, {"loss": LossConfig(name="full_softmax")}),
-}
-
-
-@pytest.mark.parametrize("case", PIPELINED)
-def test_torchrecs_pipeline_changes_nothing(case, stores, tmp_path):
-    number, ids, changes = PIPELINED[case]
-    changes = {"optim": OptimConfig(lr=3e-3), "run_epochs": 2, "run_batch_users": 15} | changes
-    runs = []
-    for pipeline in (False, True):
-        embedding = dataclasses.replace(sharded(LOCAL, "row_wise"), pipeline=pipeline, **ids)
-        config = narrow(tmp_path / f"{pipeline}", make_config(tmp_path, embedding=embedding, **changes))
-        assert run_ranks(number, run_steps, config, stores["retrieval"]) == [""] * number
-        runs.append(logged(tmp_path / f"{pipeline}"))
-    assert runs[0] == runs[1] and len(runs[0]) == 2 * (10 + 1)  # steps of 150 users, and a validation
-    assert ids.get("ids") != "managed" or runs[0][-2]["evictions"] > 0
-
-
-def test_a_pipelined_run_saves_managed_rows_as_of_its_step(stores, tmp_path):
-    """Saved after step 8 by a run of 30 steps, whose next batches have entered: as without a pipeline; and goes on."""
-    embedding = dataclasses.replace(sharded(LOCAL, "row_wise"), ids="managed", rows=20, evict_every=2)
-    changes = {"optim": OptimConfig(lr=3e-3), "run_epochs": 1, "run_batch_users": 5, "run_save_every_steps": 8}
-    states, configs = [], []
-    for pipeline in (False, True):
-        embedding = dataclasses.replace(embedding, pipeline=pipeline)
-        configs.append(narrow(tmp_path / f"{pipeline}", make_config(tmp_path, embedding=embedding, **changes)))
-        assert run_ranks(2, run_steps, configs[-1], stores["retrieval"], 9) == ["Stop: "] * 2
-        states.append(final_state(tmp_path / f"{pipeline}").tensors("model."))
-    assert states[0].keys() == states[1].keys() and len(states[0]["table.item_rows.waiting"]) > 0
-    assert int(states[0]["table.item_rows.step"]) == 8 and int(states[0]["table.item_rows.evicted"]) > 0
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    for config in configs:
-        assert run_ranks(2, run_steps, config, stores["retrieval"]) == [""] * 2
-    first, second = (logged(tmp_path / name) for name in ("False", "True"))
-    assert first == second and len(first) == 30 + 1
-
-
-def filters_in_steps(config, store):
-    """Whether the process's own filters of warnings were in force whenever a batch entered the pipeline."""
-    from hstu.sharded import pipeline as sharded_pipeline
-
-    found, scored_by = [], sharded_pipeline.scored_by
-
-    def watched(*args):
-        found.append(warnings.filters is own)
-        return scored_by(*args)
-
-    own = warnings.filters
-    with mock.patch.object(sharded_pipeline, "scored_by", watched):
-        run_steps(config, store)
-    return found
-
-
-def test_steps_of_the_pipeline_leave_the_filters_of_warnings_alone(stores, tmp_path):
-    embedding = dataclasses.replace(sharded(LOCAL, "row_wise"), pipeline=True)
-    config = narrow(tmp_path / "run", make_config(tmp_path, embedding=embedding, run_epochs=1, run_batch_users=40))
-    assert run_ranks(1, filters_in_steps, config, stores["retrieval"]) == [[True] * 4]
 
 
 @pytest.mark.parametrize("form", ["interleaved", "fused"])

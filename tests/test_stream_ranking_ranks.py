@@ -65,7 +65,7 @@ def test_stopped_on_one_of_two_ranks_it_ends_bit_identical(log: tuple[Config, Pa
 
 
 def test_two_ranks_watch_a_folder_as_one(log: tuple[Config, Path], tmp_path: Path) -> None:
-    """With managed rows, on two ranks in parts."""
+    """With managed rows, on two ranks in parts, whose ids go ahead or not."""
     pytest.importorskip("torchrec")
     _, root = log
     config, rows = watch_config(tmp_path), {"ids": "managed", "rows": 8, "optimizer": "rowwise_adagrad"}
@@ -75,3 +75,6 @@ def test_two_ranks_watch_a_folder_as_one(log: tuple[Config, Path], tmp_path: Pat
     assert ended(2, parts, stream) == {""}
     assert [day.get("oov_labels", 0) > 0 for day in days_of(tmp_path / "two")] == [False, True, True]
     assert_same_stream(tmp_path / "one", tmp_path / "two")
+    ahead = narrow(config, tmp_path / "ahead", kind="sharded", sharding="row_wise", pipeline=True, **rows)
+    assert ended(2, ahead, stream) == {""}
+    assert_same_run(tmp_path / "two", tmp_path / "ahead")

@@ -100,6 +100,10 @@ class RankingModel(nn.Module):
             x = x + embedded
         return x + self.item_numbers(features.numbers).sum(1) if features.numbers.shape[1] else x
 
+    def looked_up(self, batch: RankingBatch) -> list[tuple[FeatureTables, Features]]:
+        """The feature tables, with what of a batch is looked up in them."""
+        return [(self.item_tables, batch.item_features), (self.user_tables, batch.user_features)]
+
     def action_tokens(self, action_bits: Tensor) -> Tensor:
         """[n, D] of bits [n, bits]."""
         return action_bits.to(self.actions.dtype) @ self.actions + (0 if self.fused else self.action_token)

@@ -115,8 +115,11 @@ class ShardedItemTable(ItemTable):
         )  # fmt: skip
 
     @contextmanager
-    def given(self, found: Any, scored: Scored) -> Iterator[None]:
-        """Inside, :meth:`expect` and :meth:`lookup` take what the collection has found already."""
+    def given(self, found: Any, scored: Scored | None) -> Iterator[None]:
+        """Inside, :meth:`expect` and :meth:`lookup` take what the collection has found already.
+
+        scored: what the loss scores; None: nothing.
+        """
         self._given, self._expected = self._own(found), scored
         try:
             yield
