@@ -36,7 +36,8 @@ class EmbeddingConfig:
     tables: dict[str, str] = field(default_factory=dict)
     """sharded only: ``sharding`` of single tables by name: ``item``, or a feature (``item.genre``). Not auto."""
     dtype: str = "float32"
-    """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA)."""
+    """sharded only: of the stored rows: float32, float16 or bfloat16 (CUDA; fbgemm has no kernels for it, rows then
+    move in torch)."""
     comm_dtype: str = "float32"
     """sharded only: of the rows and gradients that ranks send each other: float32, float16 or bfloat16 (CUDA)."""
     pipeline: bool = False

@@ -23,8 +23,16 @@ from hstu.planning.memory import plan_memory
 from hstu.planning.tables import shard_shape
 from hstu.planning.work import Workload
 from hstu.runs import load_run, open_store
-from hstu.sharded.plan import TableShape, allowed_shardings, column_part, moved_by_fbgemm, table_bytes
+from hstu.sharded.plan import (
+    TableShape,
+    allowed_shardings,
+    column_part,
+    fused_params,
+    moved_by_fbgemm,
+    table_bytes,
+)
 from hstu.sharded.width import stored_width, stretch_of
+from hstu.table_optim import Rule
 from hstu.vocabulary import reset_rows
 from tests import test_checkpoint_tables as checkpoints
 from tests import test_sharded_losses as losses
@@ -183,6 +191,15 @@ def test_who_moves_padded_rows(name):
     assert moved_by_fbgemm(config, cuda, 52) and moved_by_fbgemm(config, cuda, 50) == (name != "rowwise_adam")
     in_parts = dataclasses.replace(config, tables={"item": "column_wise"})
     assert moved_by_fbgemm(in_parts, cuda, 52) and moved_by_fbgemm(in_parts, cuda, 50) == ("rowwise" not in name)
+
+
+def test_rows_of_bfloat16_move_in_torch():
+    """fbgemm reads float32 and float16, and is told of a cache, which it makes none of, so that it can be built."""
+    fbgemm = pytest.importorskip("fbgemm_gpu.split_embedding_configs")
+    config = EmbeddingConfig("sharded", "adam", dtype="bfloat16")
+    assert not moved_by_fbgemm(config, torch.device("cuda"), 52)
+    params = fused_params(config, False, 0.1, Rule("adam", 1e-8, (0.9, 0.999), 0.0))
+    assert params["cache_precision"] == fbgemm.SparseType.FP32
 
 
 def test_stretch_makes_the_mean_over_stored_columns_that_over_the_others():

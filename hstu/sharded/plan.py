@@ -199,9 +199,11 @@ def is_deferred(optim: OptimConfig) -> bool:
 def moved_by_fbgemm(config: EmbeddingConfig, device: torch.device, dim: int) -> bool:
     """Whether fbgemm's kernels can move the rows of tables of width ``dim``, else ``hstu/sharded/kernel.py``.
 
-    Padded rows of row-wise Adam are not fbgemm's, see ``hstu/sharded/width.py``, nor those of row-wise Adagrad where
-    they are cut into parts, of which only the last is padded.
+    It has none for rows of bfloat16. Padded rows of row-wise Adam are not fbgemm's, see ``hstu/sharded/width.py``, nor
+    those of row-wise Adagrad where they are cut into parts, of which only the last is padded.
     """
+    if config.dtype == "bfloat16":
+        return False
     in_parts = not {"column_wise", "grid"}.isdisjoint({config.sharding, *config.tables.values()})
     if is_padded(dim) and (config.optimizer == "rowwise_adam" or (config.optimizer in ROWWISE and in_parts)):
         return False
@@ -216,6 +218,8 @@ def fused_params(config: EmbeddingConfig, by_fbgemm: bool, lr: float, rule: Rule
     params: dict[str, Any] = {
         "optimizer": getattr(EmbOptimType, name), "learning_rate": lr, "eps": rule.eps, "output_dtype": SparseType.FP32,
     }  # fmt: skip
+    if config.dtype == "bfloat16":  # fbgemm wants to know the dtype of a cache, be there none, and knows no bfloat16
+        params["cache_precision"] = SparseType.FP32
     if config.optimizer in ("adam", "rowwise_adam"):
         params |= {"beta1": rule.betas[0], "beta2": rule.betas[1], "weight_decay": rule.weight_decay}
     return params

@@ -419,8 +419,9 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
 def _say_who_moves(embedding: EmbeddingConfig, world: World, dim: int) -> None:
     if world.is_first and world.device.type == "cuda" and not moved_by_fbgemm(embedding, world.device, dim):
         log.warning(
-            "embedding.optimizer=%s with model.dim=%d: rows move in torch, not in fbgemm's kernels; these serve "
-            "model.dim=%d", embedding.optimizer, dim, stored_width(dim),
+            "embedding.optimizer=%s with model.dim=%d and embedding.dtype=%s: rows move in torch, not in fbgemm's "
+            "kernels; these serve model.dim=%d in float32 and float16",
+            embedding.optimizer, dim, embedding.dtype, stored_width(dim),
         )  # fmt: skip
 
 
