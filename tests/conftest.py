@@ -1,4 +1,5 @@
-"""Settings of the whole suite: poisoned torch.empty, few threads, no TF32, GPU tests skipped without a GPU."""
+"""Settings of the whole suite: poisoned torch.empty, few threads, no TF32, GPU tests skipped without a GPU, figures
+without their pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.figures import leave_unrendered
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; without a GPU launchers run interpreted
@@ -24,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
     with torch.device("meta"):  # torch notes here which functions a device context is for: before they are poisoned
         torch.zeros(())
+    leave_unrendered()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

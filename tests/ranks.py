@@ -3,13 +3,13 @@
     results = run_ranks(4, train_two_steps, config)   # [train_two_steps(config) of rank 0, ... of rank 3]
 
 The function must be importable (a module's own), its arguments and results picklable. The processes live on and serve
-the next call, as importing torch costs more than most tests; a call that fails or hangs ends them all.
+the next call, as importing torch costs more than most tests; a call that fails or hangs ends them all. They are forks
+of a server that has imported everything (:mod:`tests.imports`) and done nothing else.
 """
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -18,6 +18,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests.figures import leave_unrendered
+from tests.imports import fresh_processes
 
 MAX_RANKS = 4
 TIMEOUT_S = 120
@@ -64,7 +67,7 @@ def stop_ranks() -> None:
 
 
 def _start(num_ranks: int) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     while len(_ranks) < num_ranks:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -78,6 +81,7 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    leave_unrendered()
     torch.set_num_threads(1)
     while True:
         try:

@@ -11,6 +11,7 @@ from hstu import evaluate as ev
 from hstu.config import PublishedConfig
 from hstu.data.splits import Targets, make_split
 from hstu.errors import UserError
+from tests.figures import rendered
 from tests.serving import brute_rank, fake_train, seen_items, small_config, small_model, small_store
 
 
@@ -202,7 +203,8 @@ def test_commands_on_a_run_that_was_trained_here(tmp_path, monkeypatch, capsys):
         "run": {"dir": str(run), "epochs": 1, "batch_users": 16, "device": "cpu", "progress": False, "loggers": []},
         "eval": {"ks": [10], "bootstrap": 10, "filter_history": "none"},
     }
-    assert train(from_dict(values)) == run
+    with rendered():
+        assert train(from_dict(values)) == run
     trained = json.loads((run / "evaluation.json").read_text())
     capsys.readouterr()
     monkeypatch.setenv("COLUMNS", "160")

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from hstu import ranking_metrics as rm
 from hstu.plots import plot_reliability
+from tests.figures import rendered
 
 NAN = math.nan
 LEVELS = [1.0, 2.0, 4.0]
@@ -446,7 +447,8 @@ def test_reliability_plot(tmp_path):
     pytest.importorskip("matplotlib")
     labels, predictions, _ = random_rows("binary")
     curves = {"model": rm.reliability(labels, predictions), "constant": rm.reliability(labels, np.full(2000, 0.5))}
-    path = plot_reliability(tmp_path / "reliability.png", curves)
+    with rendered():
+        path = plot_reliability(tmp_path / "reliability.png", curves)
     assert path is not None and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     assert plot_reliability(tmp_path / "none.png", {"model": rm.reliability([], [])}) is None
     assert not (tmp_path / "none.png").exists()

@@ -10,6 +10,7 @@ import yaml
 
 from hstu import readme, report
 from hstu.errors import UserError
+from tests.figures import rendered
 
 FIELDS = {
     "name", "kind", "dataset", "protocol", "split_hash", "model", "seeds", "metrics", "published", "timing",
@@ -318,7 +319,8 @@ def test_curves_are_read_and_drawn(tmp_path):
     assert curves["hr@10 (validation)"][0] == (20.0, pytest.approx(0.3 * (1 - math.exp(-1 / 3))))
     from matplotlib import image
 
-    pixels = image.imread(report.plot_curves(run))
+    with rendered():
+        pixels = image.imread(report.plot_curves(run))
     assert pixels.shape[0] > 300 and pixels.shape[1] > 900
     blue = np.all(np.abs(pixels[..., :3] - np.array([0x1F, 0x77, 0xB4]) / 255) < 0.02, axis=-1)
     assert blue[:, : pixels.shape[1] // 2].sum() > 100  # the loss is drawn, on the left
@@ -334,7 +336,8 @@ def test_curves_of_a_ranking_run(tmp_path):
 @pytest.mark.parametrize("text", ["", '{"step": 1, "loss": 2.0}\n', '{"step": 1, "hr@7": 0.5}\n'])
 def test_short_curves_are_drawn(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert report.plot_curves(tmp_path).stat().st_size > 5000
+    with rendered():
+        assert report.plot_curves(tmp_path).stat().st_size > 5000
 
 
 def test_curve_errors(tmp_path, capsys):

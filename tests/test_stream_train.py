@@ -25,6 +25,7 @@ from hstu.stream_train import StreamTrainer, stream_train
 from hstu.train import Trainer
 from hstu.two_stage import TwoStage
 from tests.data.test_watch import at, write_day
+from tests.figures import rendered
 from tests.stopping import stopped_at
 from tests.test_train import assert_same_run, final_state, logged, make_config
 
@@ -45,7 +46,8 @@ def settings(config: Config, **changes: Any) -> StreamConfig:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     config = stream_config(tmp_path_factory.mktemp("stream"))
-    return config, stream_train(config, settings(config, lr_decay=0.5, table_lr_decay=0.9))
+    with rendered():
+        return config, stream_train(config, settings(config, lr_decay=0.5, table_lr_decay=0.9))
 
 
 def test_every_event_once_and_every_day_before_it_is_trained_on(finished: tuple[Config, Path]) -> None:

@@ -9,10 +9,9 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +43,7 @@ from hstu.progress import Display
 from hstu.results import Planned, expand_runs, show_results
 from hstu.runs import load_run, lock_folder, open_store
 from hstu.train import Trainer, run_command, train
+from tests.imports import fresh_processes
 from tests.stopping import stopped_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,55 +181,34 @@ def test_saving_beside_the_training_changes_nothing(finished, tmp_path):
     assert_same_run(folder, train(dataclasses.replace(config, run=run)))
 
 
-def command(config: Config, **more: str) -> list[str]:
-    """The command line of ``config``."""
-    values = {
-        "experiment": "synthetic", "data.root": config.data.root, "data.num_users": 150, "data.num_items": 60,
-        "model.dim": 8, "model.num_blocks": 1, "model.qk_dim": 8, "model.v_dim": 8, "model.max_len": 20,
-        "model.dropout": 0.1, "loss.num_negatives": 16, "optim.lr": 3e-3, "eval.ks": "[10]", "eval.bootstrap": 0,
-        "variants": "null", "run.dir": config.run.dir, "run.epochs": 2, "run.batch_users": 16, "run.loggers": "[]",
-        "run.log_every_steps": 1, "run.threads": 1, "run.save_every_minutes": "null", **more,
-    }  # fmt: skip
-    return [sys.executable, "-W", "ignore", "-m", "hstu.train", *(f"{k}={v}" for k, v in values.items())]
-
-
-def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_steps(folder: Path, count: int, process: BaseProcess) -> None:
     """Until the run has logged ``count`` lines since it began."""
     path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
         time.sleep(0.002)
-    assert process.poll() is None or count == 0, process.communicate()[0]
+    assert process.is_alive() or count == 0, f"it ended with {process.exitcode}"
 
 
 @pytest.mark.slow
-def test_killed_at_random_points_the_run_ends_bit_identical(tmp_path):
-    whole, killed = make_config(tmp_path, "whole"), make_config(tmp_path, "killed")
-    process = start(command(whole, **{"run.epochs": "4"}), tmp_path)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
+def test_killed_at_random_points_the_run_ends_bit_identical(tmp_path, capsys):
+    whole = train(make_config(tmp_path, "whole", run_epochs=4, run_threads=1))
+    killed = make_config(tmp_path, "killed", run_epochs=4, run_threads=1, run_save_every_steps=2)
     rng, reached = random.Random(7), 0
-    arguments = command(killed, **{"run.epochs": "4", "run.save_every_steps": "2"})
     for _ in range(2):
-        process = start(arguments, tmp_path)  # once step 5 is logged, the save of step 4 has waited for that of step 2
+        process = fresh_processes().Process(target=train, args=(killed,))
+        process.start()  # once step 5 is logged, the save of step 4 has waited for that of step 2
         wait_for_steps(Path(killed.run.dir), min(20, reached + rng.randint(5, 8)), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         path = Path(killed.run.dir) / "metrics.jsonl"
         reached = len(path.read_text().splitlines())
     assert 0 < reached < 44, "the run was not killed midway"
-    process = start(arguments, tmp_path)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0 and "resumed at step" in output, output
-    assert_same_run(Path(whole.run.dir), Path(killed.run.dir))
+    capsys.readouterr()
+    assert_same_run(whole, train(killed))
+    assert "resumed at step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
