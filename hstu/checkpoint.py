@@ -283,7 +283,8 @@ class Saved:
         if problems:
             raise UserError(problems[0])
 
-    def _read(self, targets: Mapping[str, Tensor]) -> None:
+    def check(self, targets: Mapping[str, Tensor]) -> None:
+        """Raises UserError where a tensor is missing or has another size than the one of its name in ``targets``."""
         for name, target in targets.items():
             if name not in self.sizes or self.sizes[name][0] != target.size():
                 found = f"of shape {tuple(self.sizes[name][0])}" if name in self.sizes else "missing"
@@ -291,6 +292,9 @@ class Saved:
                     f"checkpoint {self.path}: {name} is {found}, expected shape {tuple(target.size())}: "
                     "it is of another model"
                 )
+
+    def _read(self, targets: Mapping[str, Tensor]) -> None:
+        self.check(targets)
         if self.held is None:
             read(self.path, self.files, targets)
             return
@@ -379,7 +383,8 @@ def _open(path: Path, world: World) -> tuple[Saved | None, str]:
     if not problem:
         try:
             values = json.loads((path / VALUES).read_text(encoding="utf-8"))
-            sizes = {n: (m.size, m.properties.dtype) for n, m in read_metadata(path, files).items()}
+            metadata: Any = read_metadata(path, files).state_dict_metadata
+            sizes = {n: (m.size, m.properties.dtype) for n, m in metadata.items()}
         except (OSError, ValueError) as error:  # UserError is a ValueError
             problem = str(error)
     problems = [p for p in world.gather_objects(problem) if p]

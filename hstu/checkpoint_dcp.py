@@ -337,15 +337,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_metadata(folder: Path, files: Collection[str]) -> dict[str, TensorStorageMetadata]:
-    """What tensors ``folder`` holds, by name; ``files``: names of the files they may lie in.
+def read_metadata(folder: Path, files: Collection[str]) -> Metadata:
+    """What tensors ``folder`` holds, and where their blocks lie; ``files``: names of the files they may lie in.
 
     Raises UserError saying what is wrong with the metadata.
     """
-    return _read_metadata(folder, files).state_dict_metadata  # type: ignore[return-value]
-
-
-def _read_metadata(folder: Path, files: Collection[str]) -> Metadata:
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
@@ -358,7 +354,7 @@ def _read_metadata(folder: Path, files: Collection[str]) -> Metadata:
         if foreign:
             raise ValueError(f"it names {min(foreign)}, which is not among the files of the checkpoint")
     except Exception as error:  # damaged pickles raise nearly anything
-        raise UserError(f"{METADATA_FILE} cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{METADATA_FILE} cannot be read ({first_line(error)})") from None
     return metadata
 
 
@@ -368,7 +364,7 @@ class _Reader(FileSystemReader):
         self.folder, self.files = folder, files
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _read_metadata(self.folder, self.files)
+        return read_metadata(self.folder, self.files)
 
 
 def read(folder: Path, files: Collection[str], targets: Mapping[str, Tensor]) -> None:
@@ -385,8 +381,9 @@ def read(folder: Path, files: Collection[str], targets: Mapping[str, Tensor]) ->
             no_dist=True,
         )
     except CheckpointException as error:
-        raise UserError(f"checkpoint {folder} cannot be read ({_first_line(_cause(error))})") from None
+        raise UserError(f"checkpoint {folder} cannot be read ({first_line(_cause(error))})") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

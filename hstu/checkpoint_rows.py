@@ -153,9 +153,7 @@ class StoredRows:
                     stream: Any = _create_file_view(file, block.offset, block.length)  # type: ignore[arg-type]
                     head = torch.load(stream, map_location="cpu", weights_only=True)
                 if (tuple(head.shape) or (1,), head.dtype) != (block.sizes, block.dtype):
-                    raise ValueError(
-                        f"a block is {head.dtype} {tuple(head.shape)}, expected {block.dtype} {block.sizes}"
-                    )
+                    raise ValueError(f"a block is {tuple(head.shape)} {head.dtype}, not {block.sizes} {block.dtype}")
                 begin = block.offset + head.untyped_storage()._checkpoint_offset
                 strides = [stride * head.itemsize for stride in head.stride() or (1,)]
                 self._views[block] = np.ndarray(

@@ -68,25 +68,23 @@ def restore_model(saved: Saved, model: nn.Module, world: World | None = None) ->
 
     Raises UserError where the checkpoint is of another model.
     """
-    targets = _model_targets(saved, model)
-    saved.read(targets, world)
+    saved.read(model_targets(saved, model), world)
 
 
-def _model_targets(saved: Saved, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the model to be read; modules whose state grows (they have ``fit``) make room for it first."""
+def model_targets(saved: Saved, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the model to be read; modules whose state grows (they have ``fit``) make room for it first.
+
+    Raises UserError where the checkpoint is of another model.
+    """
     for path, module in model.named_modules():
         if hasattr(module, "fit"):
             start = f"model.{path}."
             module.fit({n.removeprefix(start): s for n, (s, _) in saved.sizes.items() if n.startswith(start)})
     targets = model_state(model)
-    _check_names(saved, targets)
-    return targets
-
-
-def _check_names(saved: Saved, targets: dict[str, Tensor]) -> None:
     foreign = [name for name in saved.sizes if name.startswith("model.") and name not in targets]
     if foreign:
         raise UserError(f"checkpoint {saved.path} has {foreign[0]}, which this model has not: it is of another model")
+    return targets
 
 
 def restore_run(
@@ -100,7 +98,7 @@ def restore_run(
 
     Raises UserError where the checkpoint is of another model or optimizer.
     """
-    targets = _model_targets(saved, model)
+    targets = model_targets(saved, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     fresh = []
     for optimizer in optimizers:

@@ -29,7 +29,7 @@ REQUIRED = {"numpy": "numpy", "hydra-core": "hydra", "omegaconf": "omegaconf", "
 """Distribution -> module. Without one of these the commands do not start."""
 OPTIONAL = {
     "polars": ("polars", "hstu-prepare and the Parquet form of hstu-recommend need it: pip install polars"),
-    "safetensors": ("safetensors", "hstu-export needs it to write weights: pip install safetensors"),
+    "safetensors": ("safetensors", "it reads the weights that hstu-export writes: pip install safetensors"),
     "faiss-cpu": ("faiss", "hstu-export format=faiss needs it: pip install faiss-cpu"),
     "tensorboard": ("tensorboard", "the default logger; without it add run.loggers=[]"),
     "matplotlib": ("matplotlib", "curves.png of a run needs it: pip install matplotlib"),

@@ -10,7 +10,10 @@
 FOLDER/config.yaml, the resolved config of the run, is always written. Item vectors are those that scores are made
 with: normalised where the model normalises, so that a dot product with ``Recommender.query`` is the score.
 
-Legend: ``V`` items, ``D`` model width.
+Weights and vectors go from the checkpoint to the file part by part: a table may be larger than memory. A FAISS index
+is in memory as a whole.
+
+Legend: ``V`` items, ``D`` model width, ``n`` items of a part.
 """
 
 from __future__ import annotations
@@ -18,23 +21,28 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from hstu.checkpoint_rows import StoredRows, rows_at_once
+from hstu.checkpoint_state import model_targets
 from hstu.cli import command, run_hydra
 from hstu.errors import UserError
 from hstu.evaluate import plain_options
+from hstu.item_rows import ManagedRows, MappedTable
+from hstu.safetensors_file import write_safetensors
 from kernels._common import l2_normalize
 
 if TYPE_CHECKING:
     from hstu.data.store import SequenceStore
 
 FORMATS = ("safetensors", "parquet", "faiss")
-ITEMS_AT_ONCE = 1 << 20
+MODEL = "model."
+"""Begins the checkpoint's names of the model's tensors."""
 
 
 def check_vectors(model: Any) -> None:
@@ -57,59 +65,114 @@ def as_scored(table: Any, vectors: torch.Tensor) -> torch.Tensor:
     return l2_normalize(vectors, table.eps) if table.l2_normalize else vectors
 
 
-@torch.inference_mode()
-def item_vectors(model: Any, items: np.ndarray | None = None) -> np.ndarray:
-    """Vectors [V, D] float32 of ``items`` [V] int64 (None: of all) as they are scored."""
-    table = model.table
-    items = np.arange(1, table.num_items + 1) if items is None else items
-    found = np.empty((len(items), table.dim), dtype=np.float32)
-    for first in range(0, len(found), ITEMS_AT_ONCE):
-        rows = slice(first, first + ITEMS_AT_ONCE)
-        found[rows] = as_scored(table, table.lookup(torch.from_numpy(items[rows])))
-    return found
+class ItemVectors:
+    """The vectors of a run's items as they are scored, in the order of the items' ids.
+
+    All items have one but the bucket of rare items, which stands for no single one, and with managed rows those without
+    a row, of which nothing is known.
+
+    Args:
+        model: as of :func:`hstu.runs.empty_model`; of managed rows the map has its values.
+    """
+
+    def __init__(self, model: Any, store: SequenceStore, stored: StoredRows) -> None:
+        from hstu.recommend import rare_item
+
+        self.table, self.stored, self.dim = model.table, stored, model.table.dim
+        rare = rare_item(store)
+        self._ids: range | np.ndarray = range(1, rare or store.num_items + 1)  # the bucket is the last
+        if isinstance(self.table, MappedTable) and isinstance(self.table.item_rows, ManagedRows):
+            found = np.unique(self.table.item_rows.items().numpy())
+            self._ids = found[(found > 0) & (found != (rare or 0))]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def parts(self, num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids [n] int64 and vectors [n, D] float32 of ``num_rows`` items at once."""
+        for first in range(0, len(self), num_rows):
+            part = self._ids[first : first + num_rows]
+            ids = np.arange(part.start, part.stop) if isinstance(part, range) else part
+            yield ids, self._vectors(ids)
+
+    @torch.no_grad()
+    def _vectors(self, ids: np.ndarray) -> np.ndarray:
+        name, rows = "table.weight", ids
+        if isinstance(self.table, MappedTable):
+            name, rows = "table.rows.weight", self.table.item_rows.rows(torch.from_numpy(ids)).numpy()
+        return as_scored(self.table, self.stored.read(MODEL + name, rows)).numpy()
 
 
-def items_to_export(model: Any, store: SequenceStore) -> np.ndarray:
-    """Ids [V] int64, ascending: all but the bucket of rare items, which stands for no single one, and with managed rows
-    but those without a row, of which nothing is known."""
-    from hstu.item_rows import ManagedRows, MappedTable
-    from hstu.recommend import rare_item
+def write_weights(stored: StoredRows, model: torch.nn.Module, path: Path, about: dict[str, str]) -> None:
+    """The checkpoint's weights under their names in ``model`` and in its dtypes; ``about`` goes into the header."""
+    tensors = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
 
-    items = np.arange(1, store.num_items + 1)
-    if isinstance(model.table, MappedTable) and isinstance(model.table.item_rows, ManagedRows):
-        items = np.unique(model.table.item_rows.items().numpy())
-    return items[(items > 0) & (items != (rare_item(store) or 0))]
+    def parts(name: str) -> Iterator[torch.Tensor]:
+        return (part.to(tensors[name][1]) for part in stored.parts(MODEL + name))
+
+    _replacing(path, lambda partial: write_safetensors(partial, tensors, parts, about))
 
 
-def write_safetensors(model: torch.nn.Module, path: Path, about: dict[str, str]) -> None:
-    """Weights under their names; ``about`` goes into the header."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("format=safetensors needs safetensors: pip install safetensors") from None
-    tensors = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
-    _replacing(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt", **about}))
-
-
-def write_items(vectors: np.ndarray, items: np.ndarray, store: SequenceStore, path: Path) -> None:
-    """Columns item, title (if any) and vector, a row for each of ``items`` [V] with its vector [V, D]."""
+def write_items(vectors: ItemVectors, store: SequenceStore, path: Path) -> None:
+    """Columns item, title (if any) and vector, a row for each item; a row group is what is in memory at once."""
     from hstu.recommend import polars_module
 
     pl = polars_module()
-    titles = store.item_attribute("title")
-    columns = {"item": np.asarray(store.item_raw_ids)[items - 1]}
-    if titles is not None:
-        columns["title"] = np.asarray(titles)[items - 1]
-    frame = pl.DataFrame({**columns, "vector": pl.Series(vectors, dtype=pl.Array(pl.Float32, vectors.shape[1]))})
-    _replacing(path, frame.write_parquet)
+    from polars.io.plugins import register_io_source
+
+    raw_ids, titles = np.asarray(store.item_raw_ids), store.item_attribute("title")
+
+    def frame(ids: np.ndarray, values: np.ndarray) -> Any:
+        columns = {"item": raw_ids[ids - 1]} | ({} if titles is None else {"title": np.asarray(titles)[ids - 1]})
+        return pl.DataFrame({**columns, "vector": pl.Series(values, dtype=pl.Array(pl.Float32, vectors.dim))})
+
+    row_bytes = 4 * vectors.dim + raw_ids.itemsize + (0 if titles is None else titles.itemsize)
+    num_rows = rows_at_once(row_bytes)
+    schema = frame(np.ones(1, np.int64), np.zeros((1, vectors.dim), np.float32)).schema
+
+    def frames(*unused: Any) -> Iterator[Any]:
+        return (frame(*part) for part in vectors.parts(num_rows))
+
+    source = register_io_source(frames, schema=schema)
+    _replacing(path, lambda partial: source.sink_parquet(partial, row_group_size=num_rows, maintain_order=True))
 
 
-def write_index(vectors: np.ndarray, path: Path) -> None:
-    """An exact FAISS index of the inner product; its rows are those of ``vectors`` [V, D]."""
+def write_index(vectors: ItemVectors, path: Path) -> None:
+    """An exact FAISS index of the inner product; its rows are those of ``vectors``, which it holds once."""
     faiss = faiss_module()
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
+    index = faiss.IndexFlatIP(vectors.dim)
+    index.codes.resize(len(vectors) * index.code_size)  # index.add would let it grow by doubling
+    index.ntotal = len(vectors)
+    held = faiss.rev_swig_ptr(index.get_xb(), len(vectors) * vectors.dim).reshape(len(vectors), vectors.dim)
+    first = 0
+    for _, part in vectors.parts(rows_at_once(4 * vectors.dim)):
+        held[first : first + len(part)] = part
+        first += len(part)
     _replacing(path, lambda partial: faiss.write_index(index, str(partial)))
+
+
+def check_fits(num_items: int, dim: int) -> None:
+    """Raises UserError where an index of ``num_items`` vectors of ``dim`` needs more memory than is free."""
+    needed, free = 4 * num_items * dim, free_bytes()
+    if needed > free:
+        raise UserError(
+            f"format=faiss: an exact index of {num_items:,} vectors of {dim} is {needed / 2**30:,.1f} GiB in memory, "
+            f"{free / 2**30:,.1f} GiB are free: leave faiss out, and build a smaller index from items.parquet"
+        )
+
+
+def free_bytes() -> int:
+    """Memory that the process may still take: of the machine, and of the control group that it is limited to."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if machine.is_file():
+        found = dict(line.split(":") for line in machine.read_text().splitlines())
+        free = int(found["MemAvailable"].split()[0]) * 1024
+    limit = group / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int(text) - int((group / "memory.current").read_text()) + int(held["file"]))
+    return free
 
 
 def faiss_module() -> Any:
@@ -122,11 +185,18 @@ def faiss_module() -> Any:
 
 
 def _replacing(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` with a name beside ``path`` and renames: all of the file or nothing."""
+    """Calls ``write`` with a name beside ``path`` and renames: all of the file or nothing.
+
+    Raises UserError where the disk is full.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         os.replace(partial, path)
+    except Exception as error:
+        if "No space left" in str(error):  # polars and FAISS have no error class for it
+            raise UserError(f"the disk is full ({path}): free some space or choose another out") from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -141,7 +211,7 @@ def _formats(value: Any) -> list[str]:
 def export_run(options: dict[str, Any]) -> list[Path]:
     """What ``hstu-export`` does; returns the files written."""
     from hstu.recommend import polars_module
-    from hstu.runs import load_run
+    from hstu.runs import empty_model, open_run
 
     chosen = _formats(options["format"])
     if "parquet" in chosen:
@@ -149,25 +219,31 @@ def export_run(options: dict[str, Any]) -> list[Path]:
     if "faiss" in chosen:
         faiss_module()
     run, out = Path(str(options["run"])).expanduser(), Path(str(options["out"])).expanduser()
-    config, store, model = load_run(run, which=options["which"])
+    config, store, saved = open_run(run, options["which"])
+    model: Any = empty_model(config, store)
+    targets = model_targets(saved, model)
+    saved.check(targets)
     if {"parquet", "faiss"} & set(chosen):
         check_vectors(model)
-    out.mkdir(parents=True, exist_ok=True)
-    _replacing(out / "config.yaml", lambda partial: shutil.copyfile(run / "config.yaml", partial))
-    files = [out / "config.yaml"]
-    if "safetensors" in chosen:
-        about = {"experiment": config.experiment, "run": run.name, "checkpoint": options["which"]}
-        files.append(out / "model.safetensors")
-        write_safetensors(model, files[-1], about)
-    if {"parquet", "faiss"} & set(chosen):
-        items = items_to_export(model, store)
-        vectors = item_vectors(model, items)
-    if "parquet" in chosen:
-        files.append(out / "items.parquet")
-        write_items(vectors, items, store, files[-1])
-    if "faiss" in chosen:
-        files.append(out / "items.faiss")
-        write_index(vectors, files[-1])
+        saved.read({name: value for name, value in targets.items() if not value.is_meta})  # the map of managed rows
+    with StoredRows(saved, MODEL) as stored:
+        if {"parquet", "faiss"} & set(chosen):
+            vectors = ItemVectors(model, store, stored)
+        if "faiss" in chosen:
+            check_fits(len(vectors), vectors.dim)
+        out.mkdir(parents=True, exist_ok=True)
+        _replacing(out / "config.yaml", lambda partial: shutil.copyfile(run / "config.yaml", partial))
+        files = [out / "config.yaml"]
+        if "safetensors" in chosen:
+            about = {"format": "pt", "experiment": config.experiment, "run": run.name, "checkpoint": options["which"]}
+            files.append(out / "model.safetensors")
+            write_weights(stored, model, files[-1], about)
+        if "parquet" in chosen:
+            files.append(out / "items.parquet")
+            write_items(vectors, store, files[-1])
+        if "faiss" in chosen:
+            files.append(out / "items.faiss")
+            write_index(vectors, files[-1])
     for path in files:
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     return files

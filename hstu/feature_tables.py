@@ -226,9 +226,9 @@ def _collection(sizes: dict[str, int], dim: int) -> nn.Module:
 
 
 def make_collection(
-    tables: dict[str, tuple[int, list[str]]], dim: int, device: str = "cpu", dtype: str = "float32"
+    tables: dict[str, tuple[int, list[str]]], dim: int, device: str | None = None, dtype: str = "float32"
 ) -> nn.Module:
-    """torchrec's EmbeddingCollection of tables, name -> rows and features."""
+    """torchrec's EmbeddingCollection of tables, name -> rows and features. device: None: torch's default."""
     from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
     from torchrec.modules.embedding_modules import EmbeddingCollection
 
@@ -239,7 +239,8 @@ def make_collection(
         )
         for name, (rows, features) in tables.items()
     ]  # fmt: skip
-    return EmbeddingCollection(tables=configs, device=torch.device(device))  # type: ignore[no-any-return]
+    place = torch.get_default_device() if device is None else torch.device(device)
+    return EmbeddingCollection(tables=configs, device=place)  # type: ignore[no-any-return]
 
 
 def _normal(block: Tensor, generator: torch.Generator) -> None:

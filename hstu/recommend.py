@@ -517,7 +517,10 @@ def polars_module() -> Any:
 
 
 def load(run: str | Path, which: str = "best", device: str = "auto", cache_mib: float = CACHE_MIB) -> Recommender:
-    """Loads the ``best`` or ``last`` checkpoint of run folder ``run`` for recommending."""
+    """Loads the ``best`` or ``last`` checkpoint of run folder ``run`` for recommending.
+
+    The host's memory has to hold the tables, in float32; ``hstu-export`` writes item vectors without.
+    """
     from hstu.train import load_run
 
     config, store, model = load_run(Path(run).expanduser(), which=which)

@@ -18,6 +18,7 @@ from hstu import checkpoint, report
 from hstu.checkpoint_state import restore_model
 from hstu.config import Config, OptimConfig, from_dict, to_dict
 from hstu.config_embedding import KINDS, EmbeddingConfig
+from hstu.data.ranking import RankingData
 from hstu.data.store import SequenceStore
 from hstu.distributed import World
 from hstu.errors import UserError, one_of
@@ -203,24 +204,19 @@ def open_store(config: Config, world: World | None = None) -> SequenceStore:
     return store
 
 
-def load_run(
-    folder: str | Path, which: str = "best", world: World | None = None, kind: str | None = None
-) -> tuple[Config, SequenceStore, Any]:
-    """Config, store and trained model (in evaluation mode) of a run folder.
-
-    A model with local tables is on the CPU; one whose tables are sharded is where the ranks compute.
+def open_run(
+    folder: str | Path, which: str = "best", world: World | None = None
+) -> tuple[Config, SequenceStore, checkpoint.Saved]:
+    """Config, store and checkpoint of a run folder; its tensors are not read yet.
 
     Args:
         folder: run folder.
         which: ``best`` (by validation, or by test with run.selection=reference) or ``last``.
-        world: ranks that load it together; None: this process alone.
-        kind: ``embedding.kind`` of the model; None: that of the run on several ranks, local on one.
+        world: ranks that open it together; None: this process alone.
 
     Raises:
-        UserError: no run there, no checkpoint yet, a store that is gone, or tables that cannot be sharded.
+        UserError: no run there, no checkpoint yet or a damaged one, or a store that is gone.
     """
-    from hstu.problem import build_model
-
     folder, world = Path(folder).expanduser(), world or World()
     if which not in ("best", "last"):
         raise UserError(f"which={which}: expected best or last")
@@ -240,6 +236,28 @@ def load_run(
     saved = checkpoint.load(checkpoints / checkpoint.BEST, world) if best else checkpoint.load_last(checkpoints, world)
     if saved is None:
         raise UserError(f"no checkpoint in {checkpoints}: the run has not saved one yet")
+    return config, store, saved
+
+
+def load_run(
+    folder: str | Path, which: str = "best", world: World | None = None, kind: str | None = None
+) -> tuple[Config, SequenceStore, Any]:
+    """Config, store and trained model (in evaluation mode) of a run folder.
+
+    A model with local tables is on the CPU, whose memory has to hold them; one whose tables are sharded is where the
+    ranks compute.
+
+    Args:
+        folder, which, world: see :func:`open_run`.
+        kind: ``embedding.kind`` of the model; None: that of the run on several ranks, local on one.
+
+    Raises:
+        UserError: as of :func:`open_run`, or tables that cannot be sharded.
+    """
+    from hstu.problem import build_model
+
+    world = world or World()
+    config, store, saved = open_run(folder, which, world)
     laid = _to_serve(config, kind or (config.embedding.kind if world.size > 1 else "local"), world.device)
     model: nn.Module = build_model(laid, store)
     if laid.embedding.kind == "sharded":
@@ -248,6 +266,18 @@ def load_run(
         shard(model.to(world.device), laid, world, initial=False)
     restore_model(saved, model, world)
     return config, store, model.eval()
+
+
+def empty_model(config: Config, store: SequenceStore) -> nn.Module:
+    """The model that :func:`load_run` fills, with local tables, on torch's meta device: names and sizes alone.
+
+    Of managed rows the map is on the CPU.
+    """
+    from hstu.problem import build_model
+
+    data = None if config.ranking is None else RankingData(store, config.ranking)
+    with torch.device("meta"):
+        return build_model(_to_serve(config, "local", torch.device("cpu")), store, data)
 
 
 def _to_serve(config: Config, kind: str, device: torch.device) -> Config:

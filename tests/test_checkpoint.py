@@ -451,7 +451,7 @@ def test_a_large_tensor_is_written_in_blocks(tmp_path, monkeypatch):
     saver.save(State({"large": large, "wide": wide}), 1)
     saver.wait()
     manifest = json.loads((tmp_path / "step-000000001" / "manifest.json").read_text())
-    metadata = checkpoint_dcp.read_metadata(tmp_path / "step-000000001", manifest["files"])
+    metadata = checkpoint_dcp.read_metadata(tmp_path / "step-000000001", manifest["files"]).state_dict_metadata
     assert [len(metadata[name].chunks) for name in ("large", "wide")] == [10, 2]
     found = checkpoint.load_last(tmp_path)
     assert found is not None and torch.equal(found.tensors()["large"], large)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import polars
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from hstu.config_embedding import EmbeddingConfig
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable
 from hstu.errors import UserError
-from hstu.export import item_vectors
+from hstu.export import as_scored, export_run
 from hstu.optim import set_learning_rate
 from hstu.runs import load_run, open_store
 from hstu.train import train as train_run
@@ -163,10 +164,16 @@ def test_training_goes_on_with_tables_of_the_other_kind(tmp_path):
 
 def test_a_sharded_run_is_evaluated_and_exported_on_one_process(tmp_path):
     config = table_config(tmp_path, "run", "sharded", sharding="row_wise")
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, average_decay=0.9))
     store = open_store(config).path
     assert run_ranks(2, run_steps, config, store) == ["", ""]
-    _, _, model = load_run(tmp_path / "run")
+    tables = {}
+    for which in ("best", "last"):
+        tables[which] = load_run(tmp_path / "run", which)[2].table
+        files = export_run({"run": tmp_path / "run", "out": tmp_path / which, "which": which, "format": ["parquet"]})
+        vectors = torch.from_numpy(polars.read_parquet(files[1])["vector"].to_numpy())
+        assert vectors.shape == (60, 8) and torch.equal(vectors, as_scored(tables[which], tables[which].weight[1:]))
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / checkpoint.BEST)
-    assert saved.ranks == 2 and isinstance(model.table, LocalItemTable)
-    assert torch.equal(model.table.weight, saved.tensors("model.table.")["weight"])
-    assert model.table.weight[0].abs().sum() == 0 and item_vectors(model).shape == (60, 8)
+    assert saved.ranks == 2 and isinstance(tables["best"], LocalItemTable)
+    assert torch.equal(tables["best"].weight, saved.tensors("model.table.")["weight"])
+    assert tables["best"].weight[0].abs().sum() == 0 and not torch.equal(tables["best"].weight, tables["last"].weight)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from unittest import mock
 
+import polars
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from hstu.config_model import HSTUConfig
 from hstu.distributed import World
 from hstu.embedding import LocalItemTable, initial_rows
 from hstu.errors import UserError
-from hstu.export import item_vectors
+from hstu.export import as_scored, export_run
 from hstu.feature_tables import FeatureTables
 from hstu.model.retrieval import RetrievalModel
 from hstu.plan import run as plan_and_show
@@ -362,7 +363,10 @@ def test_a_run_changes_the_kind_of_its_tables_and_is_exported(store, tmp_path):
     _, _, model = load_run(tmp_path / "parts")
     saved = checkpoint.load(tmp_path / "parts" / "checkpoints" / checkpoint.BEST)
     assert torch.equal(model.table.weight, saved.tensors("model.table.")["weight"])
-    assert model.table.weight.shape == (61, 6) and item_vectors(model).shape == (60, 6)
+    assert model.table.weight.shape == (61, 6)
+    files = export_run({"run": tmp_path / "parts", "out": tmp_path / "out", "which": "best", "format": ["parquet"]})
+    vectors = torch.from_numpy(polars.read_parquet(files[1])["vector"].to_numpy())
+    assert torch.equal(vectors, as_scored(model.table, model.table.weight[1:]))
 
 
 def test_the_pipeline_sees_the_same_rows(store, tmp_path):
