@@ -69,6 +69,11 @@ class World:
         if self.pulse is not None:
             self.pulse.enter(exchange, patient)
 
+    def load(self) -> None:
+        """Says that the thread which makes batches begins an exchange, to which the others of all ranks come too."""
+        if self.pulse is not None:
+            self.pulse.load()
+
     @property
     def is_first(self) -> bool:
         """This rank prints, logs and writes the files of the run."""

@@ -22,7 +22,7 @@ from hstu.data.batches import EventColumns, TrainBatches
 from hstu.data.ranking import RankingData
 from hstu.data.ranking_batches import ProgressiveBatches, RankingBatches
 from hstu.data.ranking_stream import RankingStreamBatches
-from hstu.data.shard_stream import StreamBatches
+from hstu.data.shard_stream import ShardBatches, StreamBatches
 from hstu.data.share import EVENT_WORK, Ranks, Share
 from hstu.data.splits import Split, Targets, make_event_split, make_split
 from hstu.distributed import World
@@ -85,6 +85,11 @@ class Problem(ABC):
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric."""
         return True
+
+    def close(self) -> None:
+        """Training has ended: no batch is made any more."""
+        if isinstance(self.data, ShardBatches):
+            self.data.close()
 
     def observe(self, batch: Any, plan: Any) -> None:  # noqa: B027 (most problems do nothing here)
         """Called with the batches of a step before it begins."""

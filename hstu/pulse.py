@@ -73,6 +73,8 @@ class Beat:
     count: int = 0
     """Rises while the process lives; negative: it has ended, or failed and said so."""
     place: Place = Place()
+    loads: int = 0
+    """Exchanges that its thread which makes batches has begun."""
     changed: float = 0.0
     """Our own clock, s, when ``count`` last rose."""
     moved: float = 0.0
@@ -120,22 +122,26 @@ class Pulse:
         step, phase, number, _, _ = self.place
         self._move_to(Place(step, phase, number + 1, exchange, patient))
 
+    def load(self) -> None:
+        """The thread that makes batches begins an exchange with those of all others."""
+        self.own.loads += 1
+
     def _move_to(self, place: Place) -> None:
         self.place = self._trail[place.number % TRAIL] = place
 
     def _beat(self, count: int) -> None:
         own = self.own
-        self.store.set(f"beat/{self.rank}", json.dumps([own.host, own.pid, own.machine, count, *self.place]))
+        self.store.set(f"beat/{self.rank}", json.dumps([own.host, own.pid, own.machine, count, own.loads, *self.place]))
 
     def _look(self) -> None:
         now = time.monotonic()
         _move(self.own, self.place, now)
         for rank, value in zip(self._peers, self.store.multi_get([f"beat/{r}" for r in self._peers]), strict=True):
-            host, pid, machine, count, *place = json.loads(value)
+            host, pid, machine, count, loads, *place = json.loads(value)
             beat = self.others.setdefault(rank, Beat(host, pid, machine, changed=now, moved=now))
             if count != beat.count:
                 beat.changed = now
-            beat.count = count
+            beat.count, beat.loads = count, loads
             _move(beat, Place(*place), now)
 
     def _run(self) -> None:
@@ -214,7 +220,14 @@ class Pulse:
             )
         self._look_anew()
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return f"{self._apart() or 'the ranks lost contact with each other'} ({reason})"
+        return f"{self._apart() or self._loading() or 'the ranks lost contact with each other'} ({reason})"
+
+    def _loading(self) -> str | None:
+        """Ranks that still make a batch for which the others wait."""
+        beats = {rank: beat for rank, beat in sorted([(self.rank, self.own), *self.others.items()])}
+        last = max(beat.loads for beat in beats.values())
+        behind = [self.name(rank) for rank, beat in beats.items() if beat.loads < last]
+        return f"{' and '.join(behind)} did not read in time the users that the others waited for" if behind else None
 
     def _look_anew(self) -> None:
         """Returns when every rank has beaten once more, as a place is as old as its beat, or does not any more."""

@@ -231,6 +231,7 @@ class Trainer:
             if self.stopping is not None:
                 raise Interrupted(self.stopping, self.folder)
         finally:
+            self.problem.close()
             self.saver.close()
             self.metrics_file.close()
             if self.world.is_first:

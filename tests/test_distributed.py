@@ -159,6 +159,12 @@ def test_a_lost_contact_is_explained() -> None:
         f"{first.name(1)} at step 7, training did not come to what the others wait for, step 7, training, exchange 2 "
         "(sum) (Timed out waiting)"
     )
+    second.enter("sum")
+    for ours in (first, second, first):
+        ours.load()
+    assert first.explain(error) == (
+        f"{first.name(1)} did not read in time the users that the others waited for (Timed out waiting)"
+    )
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     first._look = lambda: None  # type: ignore[method-assign]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from hstu.config import ColumnsConfig, Config, DataConfig
 from hstu.data.store import SequenceStore, write_store
@@ -89,19 +91,17 @@ def losses_of(folder: Path) -> list[float]:
     return [line["loss"] for line in logged(folder) if "loss" in line]
 
 
-def stopped_and_continued(config: Config, stop: int | None) -> None:
-    """Trains on the ranks that are there, up to a stop where one is given."""
-    if stop is None:
+def stopped_and_continued(config: Config, stop: int | None) -> int:
+    """Trains on the ranks that are there, up to a stop where one is given. Process groups that are left."""
+    with contextlib.nullcontext() if stop is None else stopped_at(stop - 1):
         train(config)
-        return
-    with stopped_at(stop - 1):
-        train(config)
+    return len(dist.distributed_c10d._world.pg_map)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_train_as_one(root: Path, finished: Path, tmp_path: Path, size: int) -> None:
     config = at(sharded_config(root, "unused", run_epochs=4), tmp_path / "ranks")
-    run_ranks(size, stopped_and_continued, config, None)
+    assert run_ranks(size, stopped_and_continued, config, None) == [1] * size, "that of the loaders is freed"
     assert losses_of(tmp_path / "ranks") == pytest.approx(losses_of(finished), rel=1e-5)
     assert 0 < max(line["imbalance"] for line in logged(tmp_path / "ranks") if "loss" in line) < 0.1
 
@@ -111,7 +111,7 @@ def test_stopped_within_an_epoch_and_continued_on_other_ranks(
     root: Path, finished: Path, tmp_path: Path, before: int, after: int
 ) -> None:
     config = at(sharded_config(root, "unused", run_epochs=4), tmp_path / "stopped")
-    run_ranks(before, stopped_and_continued, config, 11)
+    assert run_ranks(before, stopped_and_continued, config, 11) == [1] * before
     progress = final_state(tmp_path / "stopped").values["progress"]
     assert progress["global_step"] == 11 and progress["step"] > 0
     run_ranks(after, stopped_and_continued, config, None)

@@ -32,6 +32,11 @@ class Exchange:
         if world.size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
+    def close(self) -> None:
+        """Frees the group, of which every training of a process has one."""
+        if self.world.size > 1:
+            dist.destroy_process_group(self.group)
+
     def everyone(self, own: Users, counts: np.ndarray) -> Users:
         """The G users of all shards, shard by shard, without their events.
 
@@ -40,6 +45,7 @@ class Exchange:
         self._own = own
         if self.world.size == 1:
             return own
+        self.world.load()
         readers = np.repeat(self.owners, counts)
         table = np.stack([own.rows, own.lengths, *own.values.values()])
         longest = int(np.bincount(readers, minlength=self.world.size).max())

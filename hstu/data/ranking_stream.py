@@ -43,16 +43,27 @@ class Cuts:
         self.store, self.config = store, config
         time = training_time(store, config.run.selection)
         self.lengths = [training_lengths(shard, config.run.selection, time) for shard in store.shards]
-        self._counts: dict[int, list[np.ndarray]] = {}
+        self._counts: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
 
     def seed(self, shard: int, piece: int, epoch: int) -> int:
         return derive(self.config.seed, PHASE_SEED, epoch, shard, piece)
 
     def counts(self, epoch: int) -> list[np.ndarray]:
         """By shard, int64, sequences of every piece; one empty piece of a shard without users."""
-        if epoch not in self._counts:
-            self._counts[epoch] = [self._of_shard(shard, epoch) for shard in range(len(self.lengths))]
-        return self._counts[epoch]
+        return self._enter(epoch)[0]
+
+    def totals(self, epoch: int) -> np.ndarray:
+        """[S] int64 sequences of every shard."""
+        return self._enter(epoch)[1]
+
+    def _enter(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        found = self._counts.get(epoch)
+        if found is None:
+            counts = [self._of_shard(shard, epoch) for shard in range(len(self.lengths))]
+            found = counts, np.array([count.sum() for count in counts])
+            near = {e: kept for e, kept in self._counts.items() if abs(e - epoch) == 1}
+            self._counts = {**near, epoch: found}  # a new one, as the loader thread is an epoch ahead
+        return found
 
     def of_piece(self, number: int, piece: int, users: slice, epoch: int) -> Sequences:
         """The sequences of a piece of shard ``number``; rows of users and events are those of the shard."""
@@ -140,15 +151,16 @@ class RankingStreamBatches(ShardBatches[RankingBatch]):
     def _shapes(self, found: Sequences) -> tuple[np.ndarray, np.ndarray]:
         """[2, n] int64, events of a sequence and those that may be dropped; [n] how many sequences are so."""
         lengths = found.stop - found.first
-        every = np.stack([lengths, self._cuttable(lengths, found.split - found.first)])
-        return np.unique(every, axis=1, return_counts=True)
+        cuttable, base = self._cuttable(lengths, found.split - found.first), int(lengths.max(initial=0)) + 1
+        shapes, counts = np.unique(lengths * base + cuttable, return_counts=True)
+        return np.stack(np.divmod(shapes, base)), counts
 
     def _cuttable(self, lengths: np.ndarray, context: np.ndarray) -> np.ndarray:
         """As of :class:`hstu.data.ranking_batches.RankingBatches`."""
         return context if self.fused else lengths - 1
 
     def totals(self, epoch: int) -> np.ndarray:
-        return np.array([counts.sum() for counts in self.cuts.counts(epoch)])
+        return self.cuts.totals(epoch)
 
     def prepared(self, users: Users, epoch: int) -> Users:
         """With ``place``, where each event stands in its whole sequence."""

@@ -15,6 +15,7 @@ import numpy as np
 from hstu.data.sharded_store import ShardedStore
 from hstu.data.shuffle_buffer import Users, joined_ranges
 from hstu.data.splits import training_ends
+from hstu.errors import UserError
 from hstu.seeding import derive
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ PIECE_USERS = 1 << 14
 """Users of a shard that are read in sequence; pieces come in an order of the epoch."""
 _PIECE_BITS = 40
 """A reference is the piece above the place among the piece's training users."""
-_READ_ROWS = 1 << 22
-"""Event rows read at once; a longer single user is read whole."""
+_READ_BYTES = 1 << 25
+"""Of a column, read at once; a longer single user is read whole."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class ShardSource(ABC):
             parts.append(self._fetch_from(self._load_table(piece), refs[here], places[here]))
             at.append(here)
         if not parts:
-            return self._fetch_from(self._load_table(0), refs, places)
+            piece = 0 if self._table is None else self._table[0]  # not another one in place of the one that is kept
+            return self._fetch_from(self._load_table(piece), refs, places)
         users = Users.concatenate(parts)
         order = np.argsort(np.concatenate(at))
         return users if np.array_equal(order, np.arange(len(order))) else users.take(order)
@@ -125,8 +127,9 @@ def count_by_piece(counts: np.ndarray) -> np.ndarray:
 def _read_in_sequence(column: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Rows of users that follow each other, through plain reads from front to back: nothing stays mapped."""
     ends, parts, first = starts + lengths, [], 0
+    most = max(1, _READ_BYTES // column.dtype.itemsize)
     while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(ends, starts[first] + _READ_ROWS, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + most, side="right")))
         begin, stop = int(starts[first]), int(ends[last - 1])
         rows = joined_ranges(starts[first:last] - begin, lengths[first:last])
         parts.append(_read_rows(column, begin, stop)[rows])
@@ -139,7 +142,13 @@ def _read_rows(column: np.ndarray, start: int, stop: int) -> np.ndarray:
         return column[start:stop]
     assert column.filename is not None
     offset = column.offset + start * column.dtype.itemsize
-    return np.fromfile(column.filename, column.dtype, stop - start, offset=offset)
+    try:
+        found = np.fromfile(column.filename, column.dtype, stop - start, offset=offset)
+    except OSError as error:
+        raise UserError(f"{column.filename} cannot be read ({error.strerror}): prepare the data again") from None
+    if len(found) < stop - start:
+        raise UserError(f"{column.filename} ends before row {stop}: it has been cut; prepare the data again")
+    return found
 
 
 def _read_by_row(column: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -112,6 +112,10 @@ class ShardBatches(ABC, Generic[B]):
         totals = self.totals(epoch)
         return apportion(totals, step * int(totals.sum()) // self.num_steps(epoch))
 
+    def close(self) -> None:
+        """Frees what the ranks exchange through."""
+        self.exchange.close()
+
     def _take(self, epoch: int, step: int) -> tuple[Users, np.ndarray]:
         """The users of a step that this rank reads, by shard; and [S] how many every shard gives."""
         if self._taken is None or not self._taken.holds(epoch, step):
@@ -121,8 +125,8 @@ class ShardBatches(ABC, Generic[B]):
     def _take_steps(self, epoch: int, step: int) -> TakenSteps:
         """Of a few steps from ``step`` on, at once: many shards give a few users each to a step."""
         if self._next != (epoch, step):
-            for number, buffer in zip(self.own, self.buffers, strict=True):
-                buffer.seek(epoch, int(self.left(epoch, step)[number]))
+            for buffer, position in zip(self.buffers, self.left(epoch, step)[self.own].tolist(), strict=True):
+                buffer.seek(epoch, position)
         stop = step + max(1, min(TAKEN_USERS, self.run.buffer_users) // self.run.batch_users)
         stop = min(stop, self.num_steps(epoch))
         left = np.stack([self.left(epoch, s) for s in range(step, stop + 1)])
@@ -168,19 +172,25 @@ def apportion(counts: np.ndarray, total: int) -> np.ndarray:
     Args:
         counts: [S] int64. total: 0 .. sum of counts.
     """
-    assert 0 <= total <= counts.sum(), "more than there are"
+    whole = int(counts.sum())
+    assert 0 <= total <= whole, "more than there are"
 
     def given(time: float) -> np.ndarray:
         return np.minimum(np.floor(counts * time + 0.5).astype(np.int64), counts)
 
-    low, high, found = 0.0, 1.0, np.zeros_like(counts)  # low gives no more than total, high no less
+    # low gives no more than total, high no less: rounding gives or takes half a user of each part
+    low, high = (total + side * (len(counts) / 2 + 1) for side in (-1, 1))
+    low, high = max(0.0, low / max(1, whole)), min(1.0, high / max(1, whole))
+    found = given(low)
     while found.sum() < total and low < (middle := (low + high) / 2) < high:
         between = given(middle)
         if between.sum() <= total:
             low, found = middle, between
         else:
             high = middle
-    last = np.repeat(np.arange(len(counts)), given(high) - found)[: total - int(found.sum())]
+    if (missing := total - int(found.sum())) == 0:  # high is perhaps far away
+        return found
+    last = np.repeat(np.arange(len(counts)), given(high) - found)[:missing]
     return found + np.bincount(last, minlength=len(counts))
 
 

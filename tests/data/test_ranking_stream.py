@@ -228,6 +228,13 @@ def test_any_step_continues_as_if_never_stopped(stores: dict[str, SequenceStore]
             assert torch.equal(found.targets, expected[at].targets)
 
 
+def test_the_cuts_of_past_epochs_are_forgotten(stores: dict[str, SequenceStore]) -> None:
+    stream = make(stores["last"], config())
+    totals = [stream.totals(epoch).tolist() for epoch in range(5)]
+    assert set(stream.cuts._counts) == {3, 4} and totals[0] != totals[1]
+    assert stream.totals(0).tolist() == totals[0]
+
+
 def test_more_shards_than_users(tmp_path: Path) -> None:
     files = write_ranking_log(tmp_path / "raw")
     rows = (tmp_path / "raw/log.csv").read_text().splitlines()

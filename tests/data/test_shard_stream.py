@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from hstu.config import RunConfig, StochasticLengthConfig
 from hstu.data.batches import Batch, EventColumns, TrainBatches
-from hstu.data.shard_stream import StreamBatches, apportion
+from hstu.data.shard_source import PieceTable, _read_in_sequence
+from hstu.data.shard_stream import ShardUsers, StreamBatches, apportion
 from hstu.data.sharded_store import ShardedStore
 from hstu.data.share import Ranks
 from hstu.data.shuffle_buffer import ShuffleBuffer, Users, joined_ranges
@@ -117,9 +119,10 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SequenceStore]
 
 def make(
     store: SequenceStore, selection: str = "validation", world: World | None = None, seed: int = 3,
-    cut: StochasticLengthConfig = WHOLE, event_weights: str = "none",
+    cut: StochasticLengthConfig = WHOLE, event_weights: str = "none", batch_users: int = 16, buffer_users: int = 40,
 ) -> StreamBatches:  # fmt: skip
-    run = RunConfig(reader="stream", selection=selection, batch_users=16, buffer_users=40, stochastic_length=cut)
+    run = RunConfig(reader="stream", selection=selection, batch_users=batch_users, buffer_users=buffer_users,
+                    stochastic_length=cut)  # fmt: skip
     return StreamBatches(store, MAX_LEN, run, seed, world or World(), event_weights)
 
 
@@ -256,6 +259,58 @@ def test_pieces_are_read_in_an_order_of_the_epoch(
     assert max(map(len, orders[0])) > 3 and orders[0] != orders[1]
 
 
+def test_a_shard_that_gives_nobody_keeps_its_place(
+    stores: dict[str, SequenceStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hstu.data.shard_source.PIECE_USERS", 4)
+    made, usual = [], ShardUsers.make_table
+
+    def counted(self: ShardUsers, users: slice, piece: int, epoch: int) -> PieceTable:
+        made.append((self.number, piece))
+        return usual(self, users, piece, epoch)
+
+    monkeypatch.setattr(ShardUsers, "make_table", counted)
+    stream = make(stores["last"], batch_users=1, buffer_users=1)
+    for step in range(stream.num_steps(0)):
+        stream.share(0, step, Ranks())
+    assert len(made) <= len(set(made)) + len(stream.buffers), "but for the first of the next epoch"
+    assert len(set(made)) > 20
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_file_is_named(
+    stores: dict[str, SequenceStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    shutil.copytree(stores["last"].path, tmp_path / "store")
+    stream, said = make(SequenceStore.open(tmp_path / "store")), ".* ends before row [0-9]+: it has been cut"
+    if how == "cut":
+        usual = np.fromfile
+        monkeypatch.setattr(np, "fromfile", lambda *args, **options: usual(*args, **options)[:-1])
+    else:
+        (tmp_path / "store/shards/00002/timestamps.npy").unlink()
+        said = "/shards/00002/timestamps.npy cannot be read .No such file or directory."
+    with pytest.raises(UserError, match=f"{said}.* prepare the data again"):
+        for step in range(stream.num_steps(0)):
+            stream.share(0, step, Ranks())
+
+
+def test_wide_texts_are_read_in_fewer_rows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = np.array([f"{n:010d}" for n in range(100)])  # 40 bytes each
+    np.save(tmp_path / "words.npy", words)
+    column, sizes, usual = np.load(tmp_path / "words.npy", mmap_mode="r"), [], np.fromfile
+
+    def read(*args: Any, **options: Any) -> np.ndarray:
+        found = usual(*args, **options)
+        sizes.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr("hstu.data.shard_source._READ_BYTES", 400)
+    monkeypatch.setattr(np, "fromfile", read)
+    found = _read_in_sequence(column, np.array([0, 4, 9, 50]), np.array([3, 2, 30, 1]))
+    assert found.tolist() == words[[*range(3), 4, 5, *range(9, 39), 50]].tolist()
+    assert sizes == [6 * 40, 30 * 40, 40], "a user is read whole"
+
+
 @pytest.mark.parametrize(
     ("counts", "total", "expected"),
     [
@@ -266,6 +321,8 @@ def test_pieces_are_read_in_an_order_of_the_epoch(
         ([3, 2], 5, [3, 2]),
         ([3, 2], 0, [0, 0]),
         ([0, 0], 0, [0, 0]),
+        ([10**13, 10**13], 0, [0, 0]),  # memory for nobody
+        ([10**13, 10**13], 10**13, [10**13 // 2] * 2),
     ],
 )
 def test_apportion(counts: list[int], total: int, expected: list[int]) -> None:
