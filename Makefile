@@ -53,9 +53,11 @@ gpu-report: $(STAMP) ## everything that needs a GPU, in 8 minutes; OUT=folder DA
 	@$(if $(OUT),,echo "error: give a folder: make gpu-report OUT=report [DATA=data]" >&2; exit 1;) \
 	$(BIN)/python -m benchmarks.gpu_report out=$(OUT) $(if $(DATA),data=$(DATA)) $(ARGS)
 
-# Two test processes, one torch thread each: the suite is many small tests, not big products.
+# Two test processes, one torch thread each: the suite is many small tests, not big products. Commands that tests start
+# would compile every module anew where the environment forbids to keep what was compiled.
 test: $(STAMP) ## the whole test suite; TEST_ARGS go to pytest
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ these dataclasses, and nothing deeper sees a ``DictConfig``. Unknown keys fail.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -497,10 +498,18 @@ def build(cls: type, values: dict[str, Any], path: str = "") -> Any:
     if unknown:
         raise UserError(f"unknown config key {path}{unknown[0]}: expected one of {', '.join(sorted(known))}")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        return OmegaConf.to_object(OmegaConf.merge(_schema(cls), values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise UserError(f"config {path}{key}: {str(error).splitlines()[0]}") from None
+
+
+@functools.cache
+def _schema(cls: type) -> Any:
+    """Fields and types of a dataclass, for OmegaConf, which copies what it merges into."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(cls)
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.figures import leave_unrendered
+from tests.interpreter import scan_slices
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; without a GPU launchers run interpreted
@@ -28,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     with torch.device("meta"):  # torch notes here which functions a device context is for: before they are poisoned
         torch.zeros(())
     leave_unrendered()
+    if not torch.cuda.is_available():
+        scan_slices()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
