@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hstu import config, config_docs
+from tests.imports import run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = (ROOT / "docs").glob("*.md")
@@ -137,14 +139,16 @@ def test_the_walkthrough_with_an_own_log_runs(tmp_path: Path) -> None:
     script = script.replace("run.dir=runs/clicks", "run.dir=runs/clicks run.epochs=2 run.loggers=[]", 1)
     write_log(tmp_path)
     commands = ("prepare", "train", "evaluate", "recommend")
-    functions = "\n".join(f'hstu-{c}() {{ "{sys.executable}" -W ignore -m hstu.{c} "$@"; }}' for c in commands)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("HSTU_DATA_DIR", None)
-    done = subprocess.run(
-        ["bash", "-c", f"set -e\n{functions}\n{script}"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "user v17: recommended" in done.stdout and "Article " in done.stdout
+    environment = {name: value for name, value in os.environ.items() if name != "HSTU_DATA_DIR"}
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    said, ran = "", []
+    for line in script.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            ran.append(words[0].removeprefix("hstu-"))
+            done = run_module(f"hstu.{ran[-1]}", *words[1:], folder=tmp_path, environment=environment)
+            said += done.stdout
+            assert done.returncode == 0, said + done.stderr
+    assert ran == [*commands, "recommend"]
+    assert "user v17: recommended" in said and "Article " in said
     assert (tmp_path / "recommendations.parquet").stat().st_size > 0
     assert (tmp_path / "runs" / "clicks" / "result.json").exists()
