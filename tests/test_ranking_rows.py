@@ -151,7 +151,7 @@ def test_with_a_row_for_each_item_it_is_the_exact_table(stored: SequenceStore, t
     managed, other = (trainer.model for trainer in trainers)
     initial = {name: value.clone() for name, value in managed.state_dict().items()}
     losses = steps_of(trainers[0], 5)
-    of_item = managed.table.item_rows.rows(torch.arange(NUM_ITEMS + 1))
+    of_item = managed.table.item_rows.rows(torch.arange(NUM_ITEMS + 1, device=trainers[0].device))
     predicted = set(trainers[0]._make_input(0, 0).parts[0][0].batch.predicted_items.tolist())
     assert {i for i, row in enumerate(of_item.tolist()) if row > UNKNOWN} == predicted and len(predicted) > 20
     weight = initial["table.rows.weight"][of_item]

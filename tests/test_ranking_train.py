@@ -209,7 +209,7 @@ def test_the_table_groups_metrics_by_task(tmp_path, capsys, monkeypatch):
 
 def evaluate_options(run, **changes):
     values = dict.fromkeys(("ks", "batch_users", "filter_history", "bootstrap", "chunk_mib", "baselines"))
-    options = {"run": str(run), "which": "best", "split": "test", "device": "cpu", "eval": values}
+    options = {"run": str(run), "which": "best", "split": "test", "device": "auto", "eval": values}
     return options | {k: v for k, v in changes.items() if k != "eval"} | {"eval": values | changes.get("eval", {})}
 
 

@@ -147,6 +147,7 @@ def test_a_row_that_changes_its_item_starts_anew(
     trainer.world.on_first(trainer._lock.close)
     assert found, "some row changed its item"
     values = initial_rows(len(found["taken"]), 8, derive(config.seed, RESET_SEED, found["step"]))
+    values = values.to(trainer.device)
     assert torch.equal(found["weight"][found["taken"]], values)
     assert torch.equal(found["average"][found["taken"]], values)
     kept = sorted(set(range(2, 9)) - set(found["taken"].tolist()))

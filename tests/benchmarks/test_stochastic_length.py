@@ -10,7 +10,7 @@ from hstu.errors import UserError
 OPTIONS = [
     "data.num_users=120", "data.num_items=60", "model.dim=8", "model.qk_dim=8", "model.v_dim=8", "model.num_blocks=1",
     "model.max_len=20", "loss.num_negatives=16", "run.threads=1", "run.stochastic_length.alpha=1.2", "run.epochs=2",
-    "variants=null", "--steps", "2", "--no-record",
+    "run.device=cpu", "variants=null", "--steps", "2", "--no-record",
 ]  # fmt: skip
 
 
