@@ -3,7 +3,8 @@ here holds for whatever a source gives, such as sequences of ranking.
 
 The buffer holds ``K`` users. In each round it is filled from the source, shuffled, and half of it leaves; when the
 source is at its end, all of it. Everybody leaves once an epoch. Random numbers are functions of (seed, epoch, round),
-so where the buffer stands is a few numbers and the *references* of the users in it; their events are read again.
+so who is in the buffer at a place of the epoch follows without a saved state: :meth:`ShuffleBuffer.seek` goes through
+the rounds with *references* of users, and reads the events of those who are in it then.
 
 Legend: n users, K users in the buffer, L events.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -116,21 +117,7 @@ class ShuffleBuffer:
             if not self._next_round(with_events=False):
                 return
         self._at += position
-        self._load()
-
-    def state(self) -> dict[str, Any]:
-        """Plain values from which :meth:`restore` goes on; the buffer's users by reference."""
-        return {
-            "epoch": self.epoch, "round": self.round, "read": self._read, "left": self._at, "refs": self._refs.tolist(),
-        }  # fmt: skip
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.start(state["epoch"])
-        self.round, self._read = state["round"], state["read"]
-        self._refs = np.array(state["refs"], np.int64)
-        self._shuffle()
-        self._at = state["left"]
-        self._load()
+        self._users = self.source.fetch(self._refs)
 
     def _next_round(self, with_events: bool) -> bool:
         """Fills and shuffles the buffer; False at the end of the epoch."""
@@ -154,7 +141,3 @@ class ShuffleBuffer:
         self._order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self._refs))
         at_end = self._read == self.num_users
         self._at, self._leaving = 0, len(self._refs) if at_end else -(-len(self._refs) // 2)
-
-    def _load(self) -> None:
-        """Reads the events of the users in the buffer."""
-        self._users = self.source.fetch(self._refs)
