@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -66,6 +67,14 @@ __all__ = ["Interrupted", "Trainer", "load_run", "main", "train"]
 STEP_SEED = 12
 """Purpose number of the seed of each step."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def ask_for_determinism() -> None:
+    """On CUDA, before anything is computed there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may differ with several streams
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling: Any = torch.utils.deterministic
+    filling.fill_uninitialized_memory = False  # every torch.empty would be written twice
 
 
 @dataclass
@@ -192,7 +201,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = run.tf32
         torch.backends.cudnn.allow_tf32 = run.tf32
         if self.device.type == "cuda" and run.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            ask_for_determinism()
 
     # State
 

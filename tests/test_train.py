@@ -42,7 +42,7 @@ from hstu.optim import WeightAverage, make_optimizer, set_learning_rate
 from hstu.progress import Display
 from hstu.results import Planned, expand_runs, show_results
 from hstu.runs import load_run, lock_folder, open_store
-from hstu.train import Trainer, run_command, train
+from hstu.train import Trainer, ask_for_determinism, run_command, train
 from tests.imports import fresh_processes
 from tests.stopping import stopped_at
 
@@ -445,3 +445,18 @@ def test_brackets_in_a_folder_are_no_markup(tmp_path, capsys, monkeypatch):
     config = make_config(tmp_path, run_epochs=1, run_dir=str(folder))
     show_results([Planned("hstu", config, train(config))], Display(False).console)
     assert capsys.readouterr().out.count(str(folder)) == 2
+
+
+def test_determinism_on_cuda(monkeypatch):
+    """What torch and cuBLAS are asked for; memory that the kernels write is not filled before."""
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    was = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        ask_for_determinism()
+        assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = was
