@@ -137,6 +137,13 @@ def test_rows_wait_only_where_something_comes_between() -> None:
     assert waiting_bytes(config, WORK) == (0.0, 0.0)
     earlier, end = waiting_bytes(replace(config, optim=UpdatePlanConfig(clip_norm=1.0)), WORK)
     assert earlier == 0.0 and end > 0.0
+    on_gpu = replace(config, cluster=ClusterConfig(gpu="h200"))
+    narrow = replace(on_gpu, embedding=replace(config.embedding, dtype="bfloat16"))
+    assert waiting_bytes(on_gpu, WORK) == (0.0, 0.0)
+    clipped = replace(on_gpu, optim=UpdatePlanConfig(clip_norm=1.0))
+    assert waiting_bytes(narrow, WORK) == waiting_bytes(clipped, WORK), "fbgemm has no kernels for rows of bfloat16"
+    embedding = {part.name: part.seconds for part in plan_step(on_gpu, WORK).parts}["embedding"]
+    assert {part.name: part.seconds for part in plan_step(narrow, WORK).parts}["embedding"] > embedding
 
 
 def test_a_step_of_several_batches() -> None:

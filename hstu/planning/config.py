@@ -101,9 +101,7 @@ class TablePlanConfig:
     def __post_init__(self) -> None:
         check(self.rows >= 1, "embedding.rows", self.rows, ">= 1, as in embedding.rows=1e9")
         check(self.dim is None or self.dim >= 1, "embedding.dim", self.dim, ">= 1 or null")
-        shared = ("kind", "optimizer", "sharding", "dtype", "comm_dtype", "ids", "policy", "evict_every")
-        rows = None if self.ids == "exact" else self.rows
-        EmbeddingConfig(rows=rows, **{name: getattr(self, name) for name in shared})  # a run's own checks
+        self.of_run()  # its own checks
         one_of("embedding.placement", self.placement, PLACEMENTS)
         check(self.kind == "sharded" or self.placement == "hbm", "embedding.placement", self.placement,
               "hbm with embedding.kind=local")  # fmt: skip
@@ -111,6 +109,12 @@ class TablePlanConfig:
               "hbm with embedding.sharding=data_parallel")  # fmt: skip
         for name in ("cache_fraction", "cache_hit_rate"):
             check(0 < getattr(self, name) <= 1, f"embedding.{name}", getattr(self, name), "in (0, 1]")
+
+    def of_run(self) -> EmbeddingConfig:
+        """The options of a run with these values."""
+        shared = ("kind", "optimizer", "sharding", "dtype", "comm_dtype", "ids", "policy", "evict_every")
+        rows = None if self.ids == "exact" else self.rows
+        return EmbeddingConfig(rows=rows, **{name: getattr(self, name) for name in shared})
 
 
 @dataclass

@@ -32,7 +32,7 @@ from hstu.planning.tables import (
     row_width,
     whole_gradients,
 )
-from hstu.planning.updates import average_bytes, labels_of, map_moved_bytes
+from hstu.planning.updates import average_bytes, labels_of, map_moved_bytes, moves_in_torch
 from hstu.planning.work import Workload
 
 BACKWARD_ATTENTION = 2.5
@@ -360,6 +360,8 @@ def _shard_traffic(lookup: Lookup, scored: float) -> tuple[float, float]:
     touched = distinct(lookup.rows * gpus, float(table.rows)) / shards + scored * busy
     state = optimizer_bytes(table.optimizer, 1, dim)
     moved = rows * dim * (stored + FLOAT) + rows * dim * FLOAT + touched * 2 * (dim * stored + state)
+    if moves_in_torch(config):  # gradients are kept, then summed by row
+        moved += 2 * (rows + touched) * dim * FLOAT
     missed = {"hbm": 0.0, "uvm": 1.0}.get(table.placement, 1.0 - table.cache_hit_rate)
     return moved, missed * (rows * dim * stored + touched * (dim * stored + 2 * state))
 

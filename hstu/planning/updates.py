@@ -5,11 +5,13 @@ Legend: R rows of the item table, W ids that the map takes in at once, E rows th
 
 from __future__ import annotations
 
+import torch
+
 from hstu.planning.config import FLOAT, INT64, PlanConfig
 from hstu.planning.losses import distinct, scored_rows
 from hstu.planning.tables import column_parts, is_replicated, lookups, num_shards, shard_shape
 from hstu.planning.work import Workload
-from hstu.sharded.plan import is_deferred
+from hstu.sharded.plan import is_deferred, moved_by_fbgemm
 
 MAP_COLUMNS = {"lru": 3, "lfu": 3, "distance_lfu": 4}
 """int64 numbers of a row in torchrec's map: item, slot, and when or how often it was seen."""
@@ -81,12 +83,21 @@ def shard_lookups(config: PlanConfig, work: Workload) -> list[tuple[PlanConfig, 
     ]  # fmt: skip
 
 
+def moves_in_torch(config: PlanConfig) -> bool:
+    """Whether rows of sharded tables move in torch, at the end of the step, and not in fbgemm's backward pass."""
+    if config.embedding.kind != "sharded":
+        return False
+    device = torch.device("cpu" if config.cluster.gpu == "cpu" else "cuda")
+    by_fbgemm = moved_by_fbgemm(config.embedding.of_run(), device, config.model.dim)
+    return is_deferred(config.optim.of_run()) or not by_fbgemm
+
+
 def waiting_bytes(config: PlanConfig, work: Workload) -> tuple[float, float]:
     """Gradients of looked-up rows with their ids: those of earlier batches of the step; and what its end needs.
 
     Those of two batches and more are summed, each row once, where they are more than rows; all are at the end.
     """
-    if not is_deferred(config.optim.of_run()):
+    if not moves_in_torch(config):
         return 0.0, 0.0
     earlier = end = 0.0
     before = config.optim.accumulate_steps - 1
