@@ -29,7 +29,7 @@ from hstu.checkpoint import Saved
 from hstu.checkpoint_dcp import first_line, read_metadata
 from hstu.errors import UserError
 
-PART_BYTES = 32 * 2**20
+PART_BYTES = 8 * 2**20
 """Read at once; what is made of it (in float32, normalised, compressed) takes some times that."""
 
 
@@ -116,6 +116,9 @@ class StoredRows:
             return self.read(name, once)[torch.from_numpy(places)]
         size, dtype = self.saved.sizes[name]
         found = np.empty((len(rows), *size[1:], dtype.itemsize), dtype=np.uint8)
+        scattered = len(rows) > 0 and rows[-1] - rows[0] >= len(rows)
+        for file in self._files.values():  # scattered: without the pages around, which would be read in vain
+            file.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_NORMAL)
         num_bytes = sum(self._copy(block, rows, found) for block in self._near(name, rows))
         for file in self._files.values():
             file.madvise(mmap.MADV_DONTNEED)  # else pages that were read count as this process's until it ends
