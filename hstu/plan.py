@@ -1,6 +1,6 @@
 """``hstu-plan``: memory, communication, time and the smallest cluster of a training that cannot be run here.
 
-    hstu-plan embedding.rows=1e9 embedding.dim=256 embedding.dtype=bfloat16 cluster.gpus=64
+    hstu-plan embedding.rows=1e9 embedding.dim=256 embedding.dtype=float16 cluster.gpus=64
     hstu-plan model=sasrec model.num_blocks=4 cluster.gpu=a100 cluster.gpus=16 loss=shared_bank
     hstu-plan ranking=kuairand embedding.rows=1e8 'features={author_id: 1e7}' cluster.gpus=16
     hstu-plan ... out=plan.json          also as JSON

@@ -223,7 +223,7 @@ def test_mends_are_named_with_what_they_need() -> None:
     found = {mend.option: mend for mend in mends(config)}
     assert found["embedding.optimizer=rowwise_adagrad"].fits
     assert found[f"cluster.gpus={smallest_cluster(config)}"].fits
-    assert not found["embedding.dtype=bfloat16"].fits
+    assert not found["embedding.dtype=float16"].fits
     state = plan.memory.of("table optimizer") / GIB
     assert found["embedding.optimizer=rowwise_adagrad"].plan.memory.total / GIB < plan.memory.total / GIB - 0.9 * state
 
@@ -401,7 +401,7 @@ def test_plan_that_does_not_fit_is_refused_with_numbers(capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     expected = r"error: does not fit: [\d,.]+ GiB on each of 8 GPUs, 125.8 GiB can be used of 139.8"
     assert re.search(expected, printed.err)
-    assert "cluster.gpus=" in printed.out and "embedding.dtype=bfloat16" in printed.out
+    assert "cluster.gpus=" in printed.out and "embedding.dtype=float16" in printed.out
 
 
 # Predicted against measured

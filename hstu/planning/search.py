@@ -94,14 +94,14 @@ def mends(config: PlanConfig) -> list[Mend]:
             options["sharding"] = "row_wise"
         changes.append((_options(options), config.with_table(**options)))
     else:
-        for option, value in (("dtype", "bfloat16"), ("optimizer", "rowwise_adagrad"), ("sharding", "row_wise"),
+        for option, value in (("dtype", "float16"), ("optimizer", "rowwise_adagrad"), ("sharding", "row_wise"),
                               ("sharding", "column_wise"), ("placement", "uvm_caching"),
                               ("placement", "uvm")):  # fmt: skip
             cannot = value == "column_wise" and num_shards(config.with_table(sharding=value)) == 1
             if getattr(table, option) != value and not cannot:
                 changes.append((_options({option: value}), config.with_table(**{option: value})))
         if table.dtype == "float32" and table.optimizer != "rowwise_adagrad":
-            options = {"dtype": "bfloat16", "optimizer": "rowwise_adagrad"}
+            options = {"dtype": "float16", "optimizer": "rowwise_adagrad"}
             changes.append((_options(options), config.with_table(**options)))
     half = config.batch.tokens_per_gpu // 2
     if half >= config.form.tokens_of(config.mean_len + config.form.targets):
