@@ -27,6 +27,7 @@ from hstu.ranking_evaluate import Predictions
 from hstu.stream_problem import DAY_BEFORE, SO_FAR, constant_rates, label_counts
 from hstu.stream_report import task_table
 from hstu.stream_train import stream_train
+from tests.figures import rendered
 from tests.ranking import rich_store
 from tests.stopping import stopped_at
 from tests.test_ranking_train import evaluate_options, make_config, planted_store
@@ -74,7 +75,8 @@ def streamed(tmp_path_factory: pytest.TempPathFactory, stored: SequenceStore) ->
     runs = {}
     for form in FORMS:
         config = day_config(tmp_path_factory.mktemp(form), form)
-        runs[form] = config, stream_train(config, stream())
+        with rendered():
+            runs[form] = config, stream_train(config, stream())
     patch.undo()
     return runs
 
