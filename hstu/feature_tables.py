@@ -36,7 +36,8 @@ def has_torchrec() -> bool:
     if importlib.util.find_spec("torchrec") is None or importlib.util.find_spec("fbgemm_gpu") is None:
         return False
     try:
-        import torchrec  # noqa: F401
+        with torch.device("cpu"):  # it computes something as it is imported, which on the meta device it cannot
+            import torchrec  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("torchrec cannot be imported (%s): plain embedding tables take its place; see hstu-doctor", line)

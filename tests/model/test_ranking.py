@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import subprocess
 import sys
@@ -313,6 +314,21 @@ model.loss(batch_of(config, data), 0).backward()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def test_torchrec_is_imported_off_the_meta_device(monkeypatch):
+    """Where a model is made without memory, as hstu-export does: torchrec computes as it is imported."""
+    devices, plain = [], builtins.__import__
+
+    def spy(name, *args, **kwargs):
+        if name == "torchrec":
+            devices.append(torch.empty(0).device.type)
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", spy)
+    with torch.device("meta"):
+        assert has_torchrec.__wrapped__() == has_torchrec()
+    assert devices == ["cpu"] * has_torchrec()
 
 
 def test_number_tokens_by_hand():
