@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -207,6 +208,15 @@ def from_arguments(cls: type[T], arguments: Sequence[str]) -> T:
         except yaml.YAMLError:
             raise UserError(f"option {word!r} cannot be read: its value is no YAML") from None
     return from_options(cls, values)
+
+
+def asked(cls: type[T], arguments: Sequence[str] | None, doc: str | None) -> T | None:
+    """Options of a command from its words, None: those it was started with; None where they ask for help, ``doc``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["-h"], ["--help"]):
+        print(doc)
+        return None
+    return from_arguments(cls, words)
 
 
 def _path_like(text: str) -> bool:

@@ -9,7 +9,6 @@ the machine too, the time that the process computed (``cpu_time``).
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hstu.allocator import give_back_freed_memory
 
 Call = Callable[[], Any]
 
@@ -142,12 +143,12 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     gc.collect()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
         before = _status_kib("VmRSS")
         call()
         return max(0, _status_kib("VmHWM") - before) / 1024
-    except (OSError, AttributeError, StopIteration):
+    except (OSError, StopIteration):
         return None
 
 

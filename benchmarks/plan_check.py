@@ -13,7 +13,6 @@ On a GPU the same command validates the shares of the peaks that ``hstu-plan`` a
 from __future__ import annotations
 
 import fnmatch
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.config import find_device, from_arguments
+from benchmarks.config import asked, find_device
 from benchmarks.measure import Ceilings, measure_ceilings, synchronize
 from hstu import report
 from hstu.allocator import keep_freed_memory
@@ -256,11 +255,9 @@ def check_again(path: Path) -> report.Record:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, records."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["-h"], ["--help"]):
-        print(__doc__)
+    options = asked(Options, arguments, __doc__)
+    if options is None:
         return 0
-    options = from_arguments(Options, words)
     record = measure(options) if options.again is None else check_again(Path(options.again))
     if options.record:
         print(f"written to {report.write_record(record)}")

@@ -14,7 +14,6 @@ With ``record=true`` a record is written.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks import published
-from benchmarks.config import from_arguments
+from benchmarks.config import asked
 from benchmarks.published import Measured, Share
 from hstu import report
 from hstu.cli import command, conf_dir, register_schemas
@@ -39,8 +38,6 @@ GROUPS = {
     "embedding": ("embedding", "rows in host memory"),
 }
 """Parts of a plan by the names under which they were measured; all transfers are ``communication``."""
-SHOWN_RATIOS = ("predicted", "same_work")
-"""In the record's metrics: those that every row has."""
 LAYER_GROUPS = {name: (name,) for name in ("linear layers", "attention", "element-wise")}
 """Of a layer alone, which nothing updates."""
 GRADIENTS = ("gradients of dense weights",)
@@ -208,9 +205,11 @@ class Options:
 
 def make_record(rows: Sequence[Row], memory: Mapping[str, Any], shares: Sequence[Mapping[str, Any]]) -> report.Record:
     """Steps, their parts and the layers with Triton attention as rows; the rest and what it was made from beside."""
-    whole = [row.ratios() for row in rows if row.part == "step" or (row.part, row.kernels) == ("layer", "Triton")]
-    metrics = report.aggregate([{f"{name}_over_measured": float(ratios[name] or 0.0) for name in SHOWN_RATIOS}
-                                for ratios in whole])  # fmt: skip
+    whole = [row for row in rows if row.part == "step" or (row.part, row.kernels) == ("layer", "Triton")]
+    metrics = report.aggregate([
+        {"predicted_over_measured": row.predicted / row.measured,
+         "same_work_over_measured": row.same_work / row.measured} for row in whole
+    ])  # fmt: skip
     shown = [row for row in rows if row.part not in ("layer", "attention") or row.kernels == "Triton"
              or row.what == published.FULL_STEP.name]  # fmt: skip
     steps = (published.FULL_STEP, *published.ZIPF_STEPS, *published.layers())
@@ -232,11 +231,9 @@ def make_record(rows: Sequence[Row], memory: Mapping[str, Any], shares: Sequence
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predicts, prints, records."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["-h"], ["--help"]):
-        print(__doc__)
+    options = asked(Options, arguments, __doc__)
+    if options is None:
         return 0
-    options = from_arguments(Options, words)
     rows, memory, shares = all_rows(), memory_row(), [share_dict(share) for share in published.shares()]
     _print(rows, memory, shares)
     if options.record:

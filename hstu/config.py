@@ -269,7 +269,7 @@ class RunConfig:
     """Token budget per batch instead of a number of users."""
     reader: str = "draw"
     """draw: every batch is drawn from all users. stream: for a log beyond memory (``data.shards``): each rank reads its
-    own shards from front to back through a shuffle buffer."""
+    own shards from front to back through shuffle buffers."""
     buffer_users: int = 65536
     """reader=stream: users (ranking: sequences) in the shuffle buffers of all ranks together, every shard's the same
     part. More mix better; their events are held in memory."""

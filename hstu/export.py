@@ -18,7 +18,6 @@ Legend: ``V`` items, ``D`` model width, ``n`` items of a part.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import sys
@@ -29,11 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hstu.allocator import give_back_freed_memory
 from hstu.checkpoint_rows import StoredRows, rows_at_once
 from hstu.checkpoint_state import model_targets
 from hstu.cli import command, run_hydra
 from hstu.errors import UserError
 from hstu.evaluate import plain_options
+from hstu.host_memory import free_bytes
 from hstu.item_rows import ManagedRows, MappedTable
 from hstu.safetensors_file import write_safetensors
 from kernels._common import l2_normalize
@@ -95,7 +96,7 @@ class ItemVectors:
             part = self._ids[first : first + num_rows]
             ids = np.arange(part.start, part.stop) if isinstance(part, range) else part
             yield ids, self._vectors(ids)
-            _give_back()
+            give_back_freed_memory()  # with the threads of polars it grows to twice what an export needs
 
     @torch.no_grad()
     def _vectors(self, ids: np.ndarray) -> np.ndarray:
@@ -103,16 +104,6 @@ class ItemVectors:
         if isinstance(self.table, MappedTable):
             name, rows = "table.rows.weight", self.table.item_rows.rows(torch.from_numpy(ids)).numpy()
         return as_scored(self.table, self.stored.read(MODEL + name, rows)).numpy()
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system, where the C library can (glibc).
-
-    It keeps what lies among blocks in use, and with the threads of polars that grows to twice what an export needs.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def write_weights(stored: StoredRows, model: torch.nn.Module, path: Path, about: dict[str, str]) -> None:
@@ -171,20 +162,6 @@ def check_fits(num_items: int, dim: int) -> None:
             f"format=faiss: an exact index of {num_items:,} vectors of {dim} is {needed / 2**30:,.1f} GiB in memory, "
             f"{free / 2**30:,.1f} GiB are free: leave faiss out, and build a smaller index from items.parquet"
         )
-
-
-def free_bytes() -> int:
-    """Memory that the process may still take: of the machine, and of the control group that it is limited to."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    machine, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if machine.is_file():
-        found = dict(line.split(":") for line in machine.read_text().splitlines())
-        free = int(found["MemAvailable"].split()[0]) * 1024
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, int(text) - int((group / "memory.current").read_text()) + int(held["file"]))
-    return free
 
 
 def faiss_module() -> Any:

@@ -28,7 +28,6 @@ class Exchange:
     def __init__(self, owners: np.ndarray, columns: dict[str, np.dtype], world: World, timeout_s: float) -> None:
         """owners: [S] int64, the rank that reads each shard. columns: of an event, with their types on all ranks."""
         self.owners, self.columns, self.world = owners, columns, world
-        self._own: Users | None = None
         if world.size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
@@ -42,7 +41,6 @@ class Exchange:
 
         own: [n] the users that this rank has read, shard by shard. counts: [S] how many each shard gives.
         """
-        self._own = own
         if self.world.size == 1:
             return own
         self.world.load()
@@ -60,13 +58,10 @@ class Exchange:
         rows, lengths, *values = found
         return Users(rows, rows, lengths, {}, dict(zip(own.values, values, strict=True)))
 
-    def deliver(self, users: Users, counts: np.ndarray, owners: np.ndarray) -> Users:
-        """Of the G ``users``, those with this rank as owner, with their events.
-
-        users, counts: of the last call of :meth:`everyone`. owners: [G] the rank that trains on each.
+    def deliver(self, own: Users, users: Users, counts: np.ndarray, owners: np.ndarray) -> Users:
+        """Of the G ``users`` that :meth:`everyone` gave for ``own`` and ``counts``, those with this rank as owner, with
+        their events. owners: [G] the rank that trains on each.
         """
-        own, self._own = self._own, None
-        assert own is not None, "everyone() comes first"
         if self.world.size == 1:
             return own
         readers, rank = np.repeat(self.owners, counts), self.world.rank

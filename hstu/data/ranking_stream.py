@@ -21,7 +21,7 @@ from hstu.data.ranking_batches import PHASE_SEED, RankingBatch, count_sequences,
 from hstu.data.shard_source import PieceTable, ShardSource, pieces, training_lengths
 from hstu.data.shard_stream import ShardBatches, column_types, shards_of_ranks
 from hstu.data.sharded_store import ShardedStore
-from hstu.data.shuffle_buffer import Users, joined_ranges
+from hstu.data.shuffle_buffer import Users, places_within
 from hstu.data.splits import training_time
 from hstu.data.stream_length import StreamLength
 from hstu.errors import UserError
@@ -165,7 +165,7 @@ class RankingStreamBatches(ShardBatches[RankingBatch]):
     def prepared(self, users: Users, epoch: int) -> Users:
         """With ``place``, where each event stands in its whole sequence."""
         lengths, context = users.lengths, users.values["context"]
-        place = joined_ranges(np.zeros(len(users), np.int64), lengths)
+        place = places_within(lengths)
         columns = {**users.columns, "place": place.astype(np.int32)}
         if self.sampler is None:
             return replace(users, columns=columns)
@@ -188,8 +188,7 @@ class RankingStreamBatches(ShardBatches[RankingBatch]):
     def make(self, users: Users) -> RankingBatch:
         lengths = users.lengths
         rows = np.repeat(users.values["first_row"], lengths) + users.columns["place"]
-        number = joined_ranges(np.zeros(len(users), np.int64), lengths)
-        predicted = number >= np.repeat(users.values["context"], lengths)
+        predicted = places_within(lengths) >= np.repeat(users.values["context"], lengths)
         return make_batch(self.data, users.rows, lengths, rows, predicted, users.columns)
 
     def place(self, batch: RankingBatch, everyone: Users, chosen: np.ndarray) -> RankingBatch:

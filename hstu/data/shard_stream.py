@@ -102,7 +102,7 @@ class ShardBatches(ABC, Generic[B]):
         tokens, predicted = self.count(users)
         owners, work = ranks.divide_all(tokens)
         chosen = np.flatnonzero(owners == ranks.rank)
-        batch = self.make(self.exchange.deliver(users, counts, owners))
+        batch = self.make(self.exchange.deliver(own, users, counts, owners))
         if ranks.size > 1:
             batch = self.place(batch, users, chosen)
         return Share(batch.to(self.world.device), int(predicted.sum()), work)
@@ -312,6 +312,6 @@ class StreamBatches(ShardBatches[Batch]):
 
 
 def column_types(store: ShardedStore, sources: list[ShardSource]) -> dict[str, np.dtype]:
-    """Of the event columns that are read, over all shards: texts are as wide as the widest."""
+    """Of the event columns that are read, over all shards."""
     whole = {"item_ids": store.item_ids, "timestamps": store.timestamps, "actions": store.actions, **store.columns}
     return {name: whole[name].dtype for name in sources[0].columns()}

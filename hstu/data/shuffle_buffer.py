@@ -64,6 +64,11 @@ def joined_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
+def places_within(lengths: np.ndarray) -> np.ndarray:
+    """[sum of lengths] int64: 0 .. lengths[i] of each, joined."""
+    return joined_ranges(np.zeros_like(lengths), lengths)
+
+
 class Source(Protocol):
     """Users in the sequence of an epoch."""
 

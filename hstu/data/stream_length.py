@@ -12,7 +12,7 @@ import numpy as np
 
 from hstu.config import StochasticLengthConfig
 from hstu.data.order import mix64
-from hstu.data.shuffle_buffer import joined_ranges
+from hstu.data.shuffle_buffer import places_within
 from hstu.data.stochastic_length import LENGTH_SEED, SELECT_SEED, cut_length, select_positions, whole_probability
 from hstu.seeding import derive
 
@@ -51,7 +51,7 @@ class StreamLength:
         timestamps: [L] int64, s."""
         bases = self._bits(ids, SELECT_SEED, epoch)
         owners = np.repeat(np.arange(len(cuttable)), cuttable)
-        numbers = joined_ranges(np.zeros(len(cuttable), np.int64), cuttable)
+        numbers = places_within(cuttable)
 
         def draw(places: np.ndarray) -> np.ndarray:
             return -np.log(_uniform(mix64(bases[owners[places]] + numbers[places].astype(np.uint64))))

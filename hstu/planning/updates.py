@@ -11,7 +11,7 @@ from hstu.planning.config import FLOAT, INT64, PlanConfig
 from hstu.planning.losses import distinct, scored_rows
 from hstu.planning.tables import column_parts, is_replicated, lookups, num_shards, shard_shape
 from hstu.planning.work import Workload
-from hstu.sharded.plan import is_deferred, moved_by_fbgemm
+from hstu.sharded import plan
 
 MAP_COLUMNS = {"lru": 3, "lfu": 3, "distance_lfu": 4}
 """int64 numbers of a row in torchrec's map: item, slot, and when or how often it was seen."""
@@ -88,8 +88,7 @@ def moves_in_torch(config: PlanConfig) -> bool:
     if config.embedding.kind != "sharded":
         return False
     device = torch.device("cpu" if config.cluster.gpu == "cpu" else "cuda")
-    by_fbgemm = moved_by_fbgemm(config.embedding.of_run(), device, config.model.dim)
-    return is_deferred(config.optim.of_run()) or not by_fbgemm
+    return plan.moves_in_torch(config.embedding.of_run(), config.optim.of_run(), device, config.model.dim)
 
 
 def waiting_bytes(config: PlanConfig, work: Workload) -> tuple[float, float]:

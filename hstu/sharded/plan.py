@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from hstu.config_embedding import PLANNED, EmbeddingConfig
 from hstu.distributed import World
 from hstu.errors import UserError
 from hstu.feature_tables import table_name
+from hstu.host_memory import host_bytes
 from hstu.sharded.width import UNIT, is_padded, stored_width
 from hstu.table_optim import Rule
 
@@ -98,15 +98,6 @@ def table_bytes(config: EmbeddingConfig, num_rows: int, dim: int) -> int:
     """Bytes of a whole table, as wide as it is stored, with its optimizer's state."""
     width = stored_width(dim)
     return num_rows * width * getattr(torch, config.dtype).itemsize + state_bytes(config.optimizer, num_rows, width)
-
-
-def host_bytes() -> int:
-    """Memory of this machine, or of the control group that the process is limited to."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total
 
 
 def local_size(world: World) -> int:
@@ -208,6 +199,11 @@ def moved_by_fbgemm(config: EmbeddingConfig, device: torch.device, dim: int) -> 
     if is_padded(dim) and (config.optimizer == "rowwise_adam" or (config.optimizer in ROWWISE and in_parts)):
         return False
     return device.type == "cuda" or config.optimizer in FUSED_ON_CPU
+
+
+def moves_in_torch(config: EmbeddingConfig, optim: OptimConfig, device: torch.device, dim: int) -> bool:
+    """Whether rows of tables of width ``dim`` move in torch, at the end of a step."""
+    return is_deferred(optim) or not moved_by_fbgemm(config, device, dim)
 
 
 def fused_params(config: EmbeddingConfig, by_fbgemm: bool, lr: float, rule: Rule) -> dict[str, Any]:

@@ -37,10 +37,10 @@ from hstu.sharded.plan import (
     ROWWISE,
     TableShape,
     fused_params,
-    is_deferred,
     make_plan,
     make_sharder,
     moved_by_fbgemm,
+    moves_in_torch,
     quiet,
 )
 from hstu.sharded.rank import Scoring, sharded_rank, sharded_topk
@@ -389,7 +389,7 @@ def shard(model: nn.Module, config: Config, world: World, initial: bool = True) 
     rate, rule = table_rate(config), table_rule(config)
     with quiet():
         (dim,) = {table.dim for table in tables}
-        by_fbgemm = not is_deferred(config.optim) and moved_by_fbgemm(embedding, world.device, dim)
+        by_fbgemm = not moves_in_torch(embedding, config.optim, world.device, dim)
         _say_who_moves(embedding, world, dim)
         # The planner counts the optimizer's state, which fbgemm does not have where rows move in torch.
         sharder = make_sharder(embedding, world.device, fused_params(embedding, True, rate, rule))
